@@ -1,0 +1,193 @@
+"""What a run writes and a report reads: one cell file per cell, each holding rows, in one versioned schema.
+
+A row is one cell × phase × cold or warm × repeat. Bytes are integers; nothing unknown is 0: it is None, and ``reasons``
+says why (column → reason). No torch here, so that a report can be made anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pbbench.errors import InputError, one_line
+
+SCHEMA_VERSION = 1
+
+Status = Literal["ok", "out_of_memory", "killed", "crashed", "timed_out", "nan_loss"]
+Phase = Literal["load", "train_step", "forward", "backward", "optimizer", "sample_step", "sample", "quality"]
+
+
+class Row(BaseModel):
+    """One measured row. Units stand in the names: bytes are integers, seconds and rates are floats."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    cell: str
+    """The cell's id, which names its file."""
+    status: Status = "ok"
+    phase: Phase
+    temperature: Literal["cold", "warm"] | None = None
+    """cold: the first run in a fresh process; warm: after the warm-up; None where the phase has no such difference."""
+    repeat: int = 0
+    device: str | None = None
+    image_size: str | None = None
+    """height×width in pixels."""
+    dim: int | None = None
+    dim_mults: str | None = None
+    patch_divider: int | None = None
+    patch_batch_size: int | None = None
+    """Effective: patches (image × patch index) in one pass."""
+    batch_size: int | None = None
+    """Images per process and micro-batch."""
+    gradient_accumulation_steps: int | None = None
+    mixed_precision: str | None = None
+    peak_allocated_bytes: int | None = None
+    """torch.cuda.max_memory_allocated over the phase."""
+    peak_reserved_bytes: int | None = None
+    """torch.cuda.max_memory_reserved over the phase."""
+    peak_process_bytes: int | None = None
+    """NVML: GPU memory of this process."""
+    peak_device_bytes: int | None = None
+    """NVML: used memory of the whole GPU."""
+    peak_rss_bytes: int | None = None
+    """Resident memory of the process in host RAM (VmHWM)."""
+    peak_live_bytes: int | None = None
+    """Live tensor storage, each storage rounded up to 512 bytes, counted at torch's dispatcher."""
+    parameter_bytes: int | None = None
+    gradient_bytes: int | None = None
+    optimizer_bytes: int | None = None
+    ema_bytes: int | None = None
+    input_bytes: int | None = None
+    activation_bytes: int | None = None
+    other_bytes: int | None = None
+    """What is in none of the six above; the seven sum to peak_live_bytes."""
+    predicted_allocated_bytes: int | None = None
+    predicted_reserved_bytes: int | None = None
+    seconds_per_step: float | None = None
+    images_per_second: float | None = None
+    flops_per_image: int | None = None
+    """Floating-point operations (a multiply-add is two) per image in this phase."""
+    frechet_inception_distance: float | None = None
+    kernel_inception_distance_mean: float | None = None
+    random_features_frechet_distance: float | None = None
+    """Frechet distance of a fixed-seed random convolutional extractor: not FID and not comparable with it."""
+    extractor: str | None = None
+    precision: float | None = None
+    recall: float | None = None
+    seam_score: float | None = None
+    held_out_loss: float | None = None
+    num_images: int | None = None
+    """Samples scored."""
+    images_seen: int | None = None
+    """Training images that went into the weights (steps × accumulation × batch × processes)."""
+    sampler: str | None = None
+    num_inference_steps: int | None = None
+    seed: int | None = None
+    reasons: dict[str, str] = Field(default_factory=dict)
+    """Why a column is null: column → reason."""
+
+    @field_validator("reasons")
+    @classmethod
+    def _known(cls, reasons: dict[str, str]) -> dict[str, str]:
+        unknown = [name for name in reasons if name not in cls.model_fields]
+        if unknown:
+            raise ValueError(f"reasons name unknown columns: {', '.join(unknown)}")
+        return reasons
+
+
+COLUMNS = tuple(Row.model_fields)
+CATEGORIES = ("parameter", "gradient", "optimizer", "ema", "input", "activation", "other")
+
+
+class CellResult(BaseModel):
+    """A finished cell: its settings, its rows, and what is too large for a row."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    id: str
+    kind: Literal["measure", "quality"]
+    status: Status
+    axes: dict[str, Any]
+    """The cell's settings: patch_divider, patch_batch_size, batch_size, mixed_precision, repeat."""
+    rows: list[Row]
+    error: dict[str, Any] = Field(default_factory=dict)
+    """What failed: phase, type, message; for out of memory also requested, free, allocated, reserved (bytes)."""
+    details: dict[str, Any] = Field(default_factory=dict)
+    """By-module attribution, ledger, samples and other data a figure may use."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: aside, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_cell(run: Path, cell: CellResult) -> None:
+    """``cells/<id>.json``; a float that is not finite becomes null, with a reason."""
+    for row in cell.rows:
+        for name in COLUMNS:
+            value = getattr(row, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                setattr(row, name, None)
+                row.reasons[name] = f"the value was {value}"
+    write_json(run / "cells" / f"{cell.id}.json", cell.model_dump(mode="json"))
+
+
+def read_cell(path: Path) -> CellResult:
+    """Raises InputError where the file is not a whole cell of this schema."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise InputError(f"{path} has schema version {version}; this pbbench reads up to {SCHEMA_VERSION}: update pbbench")
+        return CellResult.model_validate(data)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
+        raise InputError(f"{path} is not a cell's result ({one_line(error)[:160]}); move it away and resume the sweep") from None
+
+
+def read_cells(run: Path) -> list[CellResult]:
+    """All cells of a run folder, sorted by id. Raises InputError where there is none or one is broken."""
+    if not run.is_dir():
+        raise InputError(f"no run folder at {run}")
+    paths = sorted((run / "cells").glob("*.json"))
+    if not paths:
+        raise InputError(f"{run} holds no cells (expected {run / 'cells'}/*.json); run pbbench sweep --out {run} first")
+    return [read_cell(path) for path in paths]
+
+
+def rows_of(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
+    """Every row of every cell as a flat dict in column order (``reasons`` stays a dict)."""
+    return [row.model_dump(mode="json") for cell in cells for row in cell.rows]
+
+
+def format_bytes(count: int | float | None) -> str:
+    """Bytes for people: KiB, MiB or GiB with about three digits; a dash for unknown."""
+    if count is None or (isinstance(count, float) and math.isnan(count)):
+        return "–"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            value = count / size
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{int(count)} B"
