@@ -144,8 +144,7 @@ class DataConfig(Section):
     """Use the first so many images (sorted by name); absent: all of them (of the synthetic ones, 10,000)."""
     horizontal_flip: bool = True
     """Flip each training image left to right with probability one half."""
-    num_workers: Side = Annotated[int, Field(gt=0, le=65_536)]
-NonNegative = 2
+    num_workers: NonNegative = 2
     """Processes that decode images for training; 0 decodes in the training process."""
 
 
@@ -162,8 +161,7 @@ class TrainingConfig(Section):
     """Decay of the exponential moving average of the weights."""
     ema_update_every: Positive = 10
     """Optimizer steps between two updates of the average."""
-    ema_start_step: Side = Annotated[int, Field(gt=0, le=65_536)]
-NonNegative = 2000
+    ema_start_step: NonNegative = 2000
     """Before this step the average is a plain copy of the weights."""
     gradient_accumulation_steps: Positive = 1
     """Micro-batches per optimizer step."""
@@ -173,8 +171,7 @@ NonNegative = 2000
     """Clip the gradient's norm to this; absent: no clipping, as released."""
     save_every: Positive = 2000
     """Steps between checkpoints (the last step is always saved)."""
-    sample_every: Side = Annotated[int, Field(gt=0, le=65_536)]
-NonNegative = 2000
+    sample_every: NonNegative = 2000
     """Steps between sample grids; 0: none."""
     num_grid_samples: Positive = 36
     """Images of a sample grid."""
@@ -193,8 +190,7 @@ class SamplingConfig(Section):
     """Patches per pass: a number, "index" or "all". The images are the same."""
     mixed_precision: Precision = "no"
     """Autocast while sampling."""
-    seed: Side = Annotated[int, Field(gt=0, le=65_536)]
-NonNegative = 0
+    seed: NonNegative = 0
     """Noise comes from (seed, image index, step), whatever the batch, chunk or number of processes."""
     to_uint8: Literal["round", "reference"] = "round"
     """Rounding to 8 bits; "reference" truncates, as released."""
@@ -255,8 +251,7 @@ class Experiment(Section):
     """Names the results folder: letters, digits, dots, dashes, underscores."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is a GPU, else the CPU."""
-    seed: Side = Annotated[int, Field(gt=0, le=65_536)]
-NonNegative = 0
+    seed: NonNegative = 0
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig = DataConfig()
