@@ -1,0 +1,102 @@
+"""Images to patches and back: pure functions, no parameters.
+
+An image is divided into d × d patches; patch (i, j), row i and column j, has the index k = i·d + j. Patches of a batch are
+numbered patch-major: **row k·N + n is patch k of image n**, the order of the released code, so a
+chunk of consecutive rows is one patch index of every image, a part of one, or straddles several.
+
+Shapes: images N C H W; patches R C h w with h = H / d, w = W / d and R rows, of P = N·d² in all.
+Nothing here builds more than the rows asked for: that is where the memory of patch-wise generation is saved.
+
+Source: Arakawa et al., "Memory Efficient Diffusion Probabilistic Models via Patch-based Generation", CVPRW 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pbbench.errors import InputError
+
+
+def row_chunks(num_rows: int, patch_batch_size: int | None) -> list[slice]:
+    """Consecutive slices of at most ``patch_batch_size`` rows that cover ``num_rows``: the chunk loop of sampling and training.
+
+    None, or a number above ``num_rows``, gives one chunk: all patches in one pass, as released. Raises InputError below 1.
+    """
+    if patch_batch_size is not None and patch_batch_size < 1:
+        raise InputError(f"patch_batch_size is {patch_batch_size}; it must be at least 1 (or None for all patches in one pass)")
+    step = min(patch_batch_size or num_rows, num_rows)
+    return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def check_rows(rows: slice | None, num_images: int, d: int) -> slice:
+    """``rows`` with both ends filled in; None is every row. Raises InputError for an empty, strided or overlong slice."""
+    total = num_images * d * d
+    if rows is None:
+        return slice(0, total)
+    start, stop = rows.start or 0, total if rows.stop is None else rows.stop
+    if rows.step not in (None, 1) or not 0 <= start < stop <= total:
+        raise InputError(
+            f"rows {rows} does not fit {num_images} images of {d}×{d} patches; expected 0 ≤ start < stop ≤ {total}"
+        )
+    return slice(start, stop)
+
+
+def segments(rows: slice, num_images: int, d: int) -> Iterator[tuple[int, int, slice]]:
+    """The rows as pieces of one patch index each: (i, j, images), in row order."""
+    for k in range(rows.start // num_images, (rows.stop - 1) // num_images + 1):
+        first = k * num_images
+        yield k // d, k % d, slice(max(rows.start - first, 0), min(rows.stop - first, num_images))
+
+
+def patch_of(images: Tensor, i: int, j: int, d: int) -> Tensor:
+    """Patch (i, j) of every image: a view, N C h w."""
+    h, w = images.shape[-2] // d, images.shape[-1] // d
+    return images[:, :, i * h : (i + 1) * h, j * w : (j + 1) * w]
+
+
+def split(images: Tensor, d: int, rows: slice | None = None) -> Tensor:
+    """The patches of ``images`` (N C H W) in patch-major order, or those of ``rows`` only: R C h w.
+
+    A chunk of one patch index comes as a view of ``images``; nothing is copied for it.
+    """
+    N, C, H, W = images.shape
+    if rows is None:
+        grid = images.reshape(N, C, d, H // d, d, W // d)
+        return grid.permute(2, 4, 0, 1, 3, 5).reshape(d * d * N, C, H // d, W // d)
+    pieces = [patch_of(images, i, j, d)[n] for i, j, n in segments(check_rows(rows, N, d), N, d)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def merge(patches: Tensor, d: int) -> Tensor:
+    """All patches (P C h w, patch-major) back into images (N C H W): the inverse of ``split``."""
+    P, C, h, w = patches.shape
+    grid = patches.reshape(d, d, P // (d * d), C, h, w)
+    return grid.permute(2, 3, 0, 4, 1, 5).reshape(P // (d * d), C, d * h, d * w)
+
+
+def write_rows(out: Tensor, patches: Tensor, rows: slice, d: int) -> None:
+    """Write the patches of ``rows`` (R C h w) to their places in the images ``out`` (N C H W), in place."""
+    done = 0
+    for i, j, n in segments(check_rows(rows, out.shape[0], d), out.shape[0], d):
+        patch_of(out, i, j, d)[n] = patches[done : done + n.stop - n.start]
+        done += n.stop - n.start
+
+
+def row_images(rows: slice, num_images: int, device: torch.device) -> Tensor:
+    """The image n of each row: R, int64."""
+    return torch.arange(rows.start, rows.stop, device=device) % num_images
+
+
+def patch_position(rows: slice, num_images: int, d: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Where the patch of each row lies: one-hot of its index k, R × d²."""
+    k = torch.arange(rows.start, rows.stop, device=device) // num_images
+    return (k[:, None] == torch.arange(d * d, device=device)).to(dtype)
+
+
+def global_content(x_t: Tensor, d: int) -> Tensor:
+    """What the whole noisy image looks like at a patch's size: the mean of each d × d pixels, N C H W → N C h w."""
+    return F.avg_pool2d(x_t, d) if d > 1 else x_t

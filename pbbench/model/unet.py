@@ -1,0 +1,143 @@
+"""PatchUNet: the network that denoises one patch, told where it lies and what the whole image looks like.
+
+``forward`` reads like the paper's figure: split the noisy image, give every patch its position and the global content,
+run the same U-Net on them, merge. How many patches go through in one pass is the caller's choice (``patch_batch_size``)
+and changes nothing but memory and speed: patches meet only in x_t, which carries no gradient, and in the loss's mean.
+
+Shapes: N images, C channels, H × W pixels, d the patch divider, R rows (patches) of a pass, h = H / d, w = W / d.
+Source: Arakawa et al., CVPRW 2023 (arXiv 2304.07087); widths and blocks as in the released code.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from pbbench.config import ModelConfig
+from pbbench.errors import InputError
+from pbbench.model.layers import Attention, Embedding, LinearAttention, ResidualBlock
+from pbbench.model.patching import check_rows, global_content, merge, patch_position, row_chunks, row_images, split, write_rows
+
+
+class EncoderLevel(nn.Module):
+    """Two residual blocks and linear attention at one resolution; ``downsample`` halves it (not at the last level)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int, last: bool) -> None:
+        super().__init__()
+        self.residual1 = ResidualBlock(in_channels, out_channels, groups, embedding_width)
+        self.residual2 = ResidualBlock(out_channels, out_channels, groups, embedding_width)
+        self.attention = LinearAttention(out_channels)
+        self.downsample = nn.Identity() if last else nn.Conv2d(out_channels, out_channels, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.residual2(self.residual1(x, embedding), embedding))
+
+
+class DecoderLevel(nn.Module):
+    """Two residual blocks and linear attention on (x, skip), then twice the resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int) -> None:
+        super().__init__()
+        self.residual1 = ResidualBlock(2 * in_channels, out_channels, groups, embedding_width)
+        self.residual2 = ResidualBlock(out_channels, out_channels, groups, embedding_width)
+        self.attention = LinearAttention(out_channels)
+        self.upsample = nn.ConvTranspose2d(out_channels, out_channels, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.upsample(self.attention(self.residual2(self.residual1(x, embedding), embedding)))
+
+
+class PatchUNet(nn.Module):
+    """The patch-wise U-Net of a ``ModelConfig``.
+
+    The weights do not depend on the image's size: any height and width divisible by d · 2^(levels − 1) can be given;
+    ``config.size`` is the one that sampling uses.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, groups, levels = config.dim, config.resnet_block_groups, len(config.dim_mults)
+        width = 4 * dim
+        widths = [config.init_dim or dim // 3 * 2, *(dim * mult for mult in config.dim_mults)]
+
+        self.embedding = Embedding(dim, config.num_patches)
+        self.stem = nn.Conv2d(2 * config.channels, widths[0], 7, padding=3)
+        self.encoder = nn.ModuleList(
+            EncoderLevel(narrow, wide, groups, width, last=level == levels - 1)
+            for level, (narrow, wide) in enumerate(pairwise(widths))
+        )
+        self.middle1 = ResidualBlock(widths[-1], widths[-1], groups, width)
+        self.middle_attention = Attention(widths[-1])
+        self.middle2 = ResidualBlock(widths[-1], widths[-1], groups, width)
+        self.decoder = nn.ModuleList(
+            DecoderLevel(wide, narrow, groups, width) for narrow, wide in reversed(list(pairwise(widths[1:])))
+        )
+        self.head = ResidualBlock(dim, dim, groups, embedding_width=None)
+        self.projection = nn.Conv2d(dim, config.out_channels or config.channels, 1)
+
+    def forward(self, x_t: Tensor, t: Tensor, patch_batch_size: int | None = None, rows: slice | None = None) -> Tensor:
+        """Denoise.
+
+        Args:
+            x_t: noisy images, N C H W. No gradient flows to them.
+            t: timesteps, N, int64.
+            patch_batch_size: patches per pass; None: all N·d². Outputs and gradients are the same within rounding.
+            rows: only these patches (patch-major rows, see ``patching``), in one pass. The training step calls the
+                model once per chunk with it and runs backward after each.
+
+        Returns: images N C H W, or with ``rows`` the patches R C h w, in the dtype of x_t.
+        Raises: InputError where the shapes do not fit the model, or both ways to chunk are given.
+        """
+        d = self.config.patch_divider
+        self._check(x_t, t)
+        x_t = x_t.detach()
+        content = global_content(x_t, d)  # N C h w
+        if rows is not None:
+            if patch_batch_size is not None:
+                raise InputError("give rows (one chunk) or patch_batch_size (all chunks in turn), not both")
+            return self._denoise(x_t, t, content, check_rows(rows, x_t.shape[0], d))
+
+        chunks = row_chunks(x_t.shape[0] * d * d, patch_batch_size)
+        passes = (self._denoise(x_t, t, content, chunk) for chunk in chunks)
+        if torch.is_grad_enabled():
+            return merge(torch.cat(list(passes)), d)
+        out = x_t.new_empty(x_t.shape[0], self.projection.out_channels, *x_t.shape[2:])  # N C H W
+        for chunk, patches in zip(chunks, passes, strict=True):
+            write_rows(out, patches, chunk, d)  # nothing stacked: a chunk's patches go straight to their places
+        return out
+
+    def _denoise(self, x_t: Tensor, t: Tensor, content: Tensor, rows: slice) -> Tensor:
+        """One pass: the patches of ``rows``, with their conditioning, through the network. Returns R C h w."""
+        N, d = x_t.shape[0], self.config.patch_divider
+        n = row_images(rows, N, x_t.device)  # R: which image
+        position = patch_position(rows, N, d, x_t.device, x_t.dtype)  # R × d²: which patch of it
+        embedding = self.embedding(t[n], position)  # R × 4·dim
+        return self._network(torch.cat((split(x_t, d, rows), content[n]), dim=1), embedding).to(x_t.dtype)
+
+    def _network(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """The U-Net proper: R 2C h w → R C h w. The skip of the first level has no reader, so it is not kept."""
+        skips: list[Tensor] = []
+        x = self.stem(x)
+        for level, encode in enumerate(self.encoder):
+            x = encode(x, embedding)
+            if level > 0:
+                skips.append(x)
+            x = encode.downsample(x)  # type: ignore[operator]
+        x = self.middle2(self.middle_attention(self.middle1(x, embedding)), embedding)
+        for decode in self.decoder:
+            x = decode(torch.cat((x, skips.pop()), dim=1), embedding)
+        return self.projection(self.head(x))
+
+    def _check(self, x_t: Tensor, t: Tensor) -> None:
+        config = self.config
+        unit = config.patch_divider * 2 ** (len(config.dim_mults) - 1)
+        if x_t.ndim != 4 or x_t.shape[1] != config.channels or x_t.shape[2] % unit or x_t.shape[3] % unit:
+            raise InputError(
+                f"x_t has shape {tuple(x_t.shape)}; expected N × {config.channels} × H × W with H and W divisible by {unit} "
+                f"(patch_divider {config.patch_divider}, {len(config.dim_mults)} levels)"
+            )
+        if t.shape != x_t.shape[:1]:
+            raise InputError(f"t has shape {tuple(t.shape)}; expected one timestep per image, ({x_t.shape[0]},)")
