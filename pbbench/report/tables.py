@@ -1,0 +1,314 @@
+"""From cells to tables of numbers: the trade-off, what fills each peak, the meters, failures, and what is missing.
+
+Everything here is in bytes, seconds and fractions; units for people are put on in ``layout``. A configuration is one
+(divider, patches per pass, batch size, precision); its repeats are fresh processes, summed up as median, minimum, maximum.
+Only rows with status ok count: a reading taken while a phase failed is no peak of that phase.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from pbbench.records import CATEGORIES, COLUMNS, CellResult, Row
+
+METERS = {
+    "peak_allocated_bytes": "torch.cuda peak allocated",
+    "peak_reserved_bytes": "torch.cuda peak reserved",
+    "peak_process_bytes": "this process on the GPU (NVML)",
+    "peak_device_bytes": "the whole GPU (NVML)",
+    "peak_rss_bytes": "resident host memory (VmHWM)",
+    "peak_live_bytes": "live tensor bytes",
+}
+STEPS = {"train": "train_step", "sample": "sample_step"}
+# Distances by honest name, best first; other *_distance keys of a cell's metrics follow these.
+DISTANCES = (
+    "frechet_inception_distance",
+    "unverified_inception_frechet_distance",
+    "random_features_frechet_distance",
+    "kernel_inception_distance_mean",
+)
+QUALITY = (*DISTANCES, "precision", "recall", "seam_score", "held_out_loss", "num_images", "images_seen")
+
+
+def memory_column(cells: Iterable[CellResult]) -> str:
+    """The meter tables and figures go by: CUDA's allocator where it was read, else live tensor bytes."""
+    return (
+        "peak_allocated_bytes" if any(r.peak_allocated_bytes is not None for c in cells for r in c.rows) else "peak_live_bytes"
+    )
+
+
+def results(cells: Iterable[CellResult]) -> pd.DataFrame:
+    """Every row as measured, columns as in ``records.COLUMNS``. Integers stay integers and unknown stays None; a float that
+    is not finite becomes None with a reason, so that JSON can hold it."""
+    rows = []
+    for cell in cells:
+        for row in cell.rows:
+            values = row.model_dump(mode="python")
+            reasons = dict(row.reasons)
+            for name, value in values.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    values[name], reasons[name] = None, f"the value was {value}"
+            rows.append(values | {"reasons": reasons})
+    return pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
+
+
+def passes(patch_batch_size: float | None, batch_size: float | None, divider: float | None) -> str:
+    """How people name the patches per pass: all, index (one patch index of every image), or the number."""
+    if patch_batch_size is None or math.isnan(patch_batch_size):
+        return "–"
+    if batch_size and divider and patch_batch_size == batch_size * divider**2:
+        return "all"
+    return "index" if patch_batch_size == batch_size else f"{patch_batch_size:.0f}"
+
+
+def _axis(cell: CellResult, name: str) -> Any:
+    """A setting of the cell: from its rows, which hold effective values, or else from its axes."""
+    for row in cell.rows:
+        if getattr(row, name) is not None:
+            return getattr(row, name)
+    value = cell.axes.get(name)
+    if name == "patch_batch_size" and isinstance(value, str):
+        batch, divider = cell.axes.get("batch_size"), cell.axes.get("patch_divider")
+        if not isinstance(batch, int) or not isinstance(divider, int):
+            return None
+        return batch if value == "index" else batch * divider**2
+    return value
+
+
+def configurations(cells: Iterable[CellResult]) -> list[tuple[dict[str, Any], list[CellResult]]]:
+    """Measured cells by configuration, repeats together, ordered by precision, batch size, divider, most patches first."""
+    groups: dict[tuple[Any, ...], list[CellResult]] = {}
+    names = ("mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
+    for cell in cells:
+        if cell.kind == "measure":
+            groups.setdefault(tuple(_axis(cell, name) for name in names), []).append(cell)
+
+    def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        return str(key[0]), key[1] or 0, key[2] or 0, -(key[3] or 0)
+
+    return [(dict(zip(names, key, strict=True)), groups[key]) for key in sorted(groups, key=order)]
+
+
+def _finite(values: Iterable[Any]) -> list[float]:
+    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+
+
+def step_values(cells: Iterable[CellResult], phase: str, column: str, temperature: str = "warm") -> list[float]:
+    """One value per repeat of the phase's row, failed and unknown ones left out."""
+    rows = [r for c in cells for r in c.rows if (r.phase, r.temperature, r.status) == (phase, temperature, "ok")]
+    return _finite(getattr(r, column) for r in rows)
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else math.nan
+
+
+def quality(cells: Iterable[CellResult]) -> dict[int, dict[str, float]]:
+    """Divider → its quality figures, by honest name; only those that have a value."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for cell in cells:
+        if cell.kind != "quality":
+            continue
+        divider = _axis(cell, "patch_divider")
+        for row in cell.rows:
+            if row.phase != "quality" or row.status != "ok" or divider is None:
+                continue
+            metrics = cell.details.get("metrics") or {}
+            extra = {k: v for k, v in metrics.items() if k not in COLUMNS and (k in DISTANCES or k.endswith("_distance"))}
+            values = {name: getattr(row, name) for name in QUALITY if name in COLUMNS} | extra
+            for name, value in values.items():
+                if _finite([value]):
+                    found.setdefault(divider, {}).setdefault(name, []).append(value)
+    return {d: {name: _median(values) for name, values in named.items()} for d, named in found.items()}
+
+
+def distance_column(frame: pd.DataFrame) -> str | None:
+    """The column that ranks quality (lower is better): the best distance there is, else the held-out loss."""
+    others = [c for c in frame.columns if c.endswith("_distance") and c not in DISTANCES]
+    return next((c for c in (*DISTANCES, *others, "held_out_loss") if c in frame and frame[c].notna().any()), None)
+
+
+def _status(cells: Sequence[CellResult]) -> str:
+    """ok, or what failed in which phase, with a count where only some of the repeats did."""
+    failed: dict[str, int] = {}
+    for cell in cells:
+        row = next((r for r in cell.rows if r.status != "ok"), None)
+        if cell.status == "ok" and row is None:
+            continue
+        status = cell.status if cell.status != "ok" or row is None else row.status
+        phase = cell.error.get("phase") or (row.phase if row else None)
+        text = f"{status} in {phase}" if phase else status
+        failed[text] = failed.get(text, 0) + 1
+    parts = [text if count == len(cells) else f"{text} ({count} of {len(cells)} repeats)" for text, count in failed.items()]
+    return "; ".join(parts) or "ok"
+
+
+def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
+    """One line per configuration, joined with the quality of its divider.
+
+    Bytes as floats (NaN: unknown); ``*_change`` is the signed fraction against d = 1, all patches, at the same batch size and
+    precision; ``*_prediction_error`` the signed fraction predicted / measured − 1. Where a configuration was repeated the
+    figure is the median and ``*_min``, ``*_max`` stand beside it. Quality columns only where some divider has them.
+    ``frame.attrs["memory_column"]`` names the meter behind the peaks.
+    """
+    cells = list(cells)
+    column = memory_column(cells)
+    groups, scores = configurations(cells), quality(cells)
+    judged = {_axis(c, "patch_divider"): c for c in cells if c.kind == "quality"}
+    for divider in sorted(set(judged) - {settings["patch_divider"] for settings, _ in groups}):  # scored, never measured
+        groups.append(({"patch_divider": divider}, []))
+    repeated = any(len(members) > 1 for _, members in groups)
+    lines = []
+    for settings, members in groups:
+        d, p, n = (settings.get(k) for k in ("patch_divider", "patch_batch_size", "batch_size"))
+        line: dict[str, Any] = {"patch_divider": d, "patch_batch_size": p, "patches_per_pass": passes(p, n, d)}
+        line |= {"batch_size": n, "mixed_precision": settings.get("mixed_precision"), "repeats": len(members)}
+        for short, phase in STEPS.items():
+            figures = {"peak_bytes": column, "activation_bytes": "activation_bytes", "images_per_second": "images_per_second"}
+            for name, source in figures.items():
+                values = step_values(members, phase, source)
+                line[f"{short}_{name}"] = _median(values)
+                if repeated and name != "activation_bytes":
+                    line |= {f"{short}_{name}_min": min(values, default=math.nan)}
+                    line |= {f"{short}_{name}_max": max(values, default=math.nan)}
+            measured, predicted = (_median(step_values(members, phase, f"{k}_allocated_bytes")) for k in ("peak", "predicted"))
+            line[f"{short}_prediction_error"] = predicted / measured - 1 if measured else math.nan
+        line |= {name: scores.get(d, {}).get(name, math.nan) for name in _quality_names(scores)}
+        failed = [f"quality: {_status([judged[d]])}"] if d in judged and judged[d].status != "ok" else []
+        own = _status(members)
+        line["status"] = "; ".join(([own] if own != "ok" or not failed else []) + failed)
+        lines.append(line)
+    frame = pd.DataFrame(lines)
+    frame = _with_change(frame) if len(frame) else frame
+    empty = [c for c in frame.columns if c.endswith("_prediction_error") and not frame[c].notna().any()]
+    frame = frame.drop(columns=empty)
+    frame.attrs["memory_column"] = column
+    return frame
+
+
+def _quality_names(scores: dict[int, dict[str, float]]) -> list[str]:
+    present = {name for named in scores.values() for name in named}
+    return [n for n in QUALITY if n in present] + sorted(present - set(QUALITY))
+
+
+def _with_change(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each peak against d = 1 in one pass at the same batch size and precision; NaN where that was not measured."""
+    for short in STEPS:
+        whole: dict[Any, float] = {}
+        for _, line in frame[frame["patch_divider"] == 1].iterrows():
+            whole[(line["batch_size"], line["mixed_precision"])] = line[f"{short}_peak_bytes"]
+        bases = [
+            whole.get((n, precision), math.nan)
+            for n, precision in zip(frame["batch_size"], frame["mixed_precision"], strict=True)
+        ]
+        place = frame.columns.get_loc(f"{short}_peak_bytes")
+        assert isinstance(place, int)
+        frame.insert(place + 1, f"{short}_peak_change", frame[f"{short}_peak_bytes"] / pd.Series(bases, index=frame.index) - 1)
+    return frame
+
+
+def split(cells: Iterable[CellResult]) -> pd.DataFrame:
+    """What fills each warm peak of live tensor bytes: one line per configuration and step, a column per category."""
+    lines = []
+    for settings, members in configurations(cells):
+        for short, phase in STEPS.items():
+            total = _median(step_values(members, phase, "peak_live_bytes"))
+            parts = {f"{name}_bytes": _median(step_values(members, phase, f"{name}_bytes")) for name in CATEGORIES}
+            if math.isnan(total) or math.isnan(parts["activation_bytes"]):
+                continue
+            named = passes(settings["patch_batch_size"], settings["batch_size"], settings["patch_divider"])
+            share = parts["activation_bytes"] / total if total else math.nan
+            lines.append(
+                {
+                    "step": short,
+                    **settings,
+                    "patches_per_pass": named,
+                    "peak_live_bytes": total,
+                    **parts,
+                    "activation_share": share,
+                }
+                | {"measured_peak_bytes": _median(step_values(members, phase, "peak_allocated_bytes"))}
+            )
+    columns = ["step", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size", "patches_per_pass"]
+    parts_columns = [f"{name}_bytes" for name in CATEGORIES]
+    return pd.DataFrame(lines, columns=[*columns, *parts_columns, "peak_live_bytes", "measured_peak_bytes", "activation_share"])
+
+
+def meters(cells: Iterable[CellResult]) -> pd.DataFrame:
+    """Every meter's reading, cold and warm, of each configuration's steps: medians over the repeats, in bytes."""
+    lines = []
+    for settings, members in configurations(cells):
+        for phase in STEPS.values():
+            for temperature in ("cold", "warm"):
+                readings = {name: _median(step_values(members, phase, name, temperature)) for name in METERS}
+                if _finite(readings.values()):
+                    named = passes(settings["patch_batch_size"], settings["batch_size"], settings["patch_divider"])
+                    lines.append({**settings, "patches_per_pass": named, "phase": phase, "temperature": temperature} | readings)
+    frame = pd.DataFrame(lines)
+    return frame.drop(columns=[c for c in METERS if c in frame and not frame[c].notna().any()])
+
+
+def failures(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
+    """One entry per cell that failed: cell, status, phase, cause (one line), and the error's byte counts where it has them."""
+    found = []
+    for cell in cells:
+        row = next((r for r in cell.rows if r.status != "ok"), None)
+        if cell.status == "ok" and row is None:
+            continue
+        status = cell.status if cell.status != "ok" or row is None else row.status
+        kind, message = cell.error.get("type"), " ".join(str(cell.error.get("message") or "").split())
+        cause = ": ".join(part for part in (kind, message) if part) or "no cause was recorded"
+        counts = {k: cell.error[k] for k in ("requested", "free", "allocated", "reserved") if _finite([cell.error.get(k)])}
+        phase = cell.error.get("phase") or (row.phase if row else None)
+        found.append({"cell": cell.id, "status": status, "phase": phase, "cause": cause, "bytes": counts})
+    return found
+
+
+def unmeasured(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
+    """What is null and why, grouped: columns, the reason, the phases, and how many rows; columns that no row of a run fills
+    and that give no reason come last."""
+    cells = list(cells)
+    groups: dict[str, dict[str, Any]] = {}
+    filled: set[str] = set()
+    explained: set[str] = set()
+    for row in (Row.model_validate(values) for values in results(cells).to_dict("records")):
+        for name in COLUMNS:
+            reason = row.reasons.get(name)
+            if getattr(row, name) is not None:
+                filled.add(name)
+            elif reason:
+                group = groups.setdefault(reason, {"columns": set(), "phases": set(), "rows": set()})
+                explained.add(name)
+                group["columns"].add(name)
+                group["phases"].add(row.phase)
+                group["rows"].add((row.cell, row.phase, row.temperature, row.repeat))
+    found = [
+        {
+            "columns": [c for c in COLUMNS if c in g["columns"]],
+            "reason": reason,
+            "phases": sorted(g["phases"]),
+            "rows": len(g["rows"]),
+        }
+        for reason, g in groups.items()
+    ]
+    silent = [c for c in COLUMNS if c not in filled | explained]
+    scored = any(c.kind == "quality" for c in cells)
+    unscored = [c for c in silent if c in {*QUALITY, "extractor", "sampler", "num_inference_steps"}] if not scored else []
+    if unscored:
+        found.append(
+            {
+                "columns": unscored,
+                "reason": "no quality cell in this run: memory and speed only",
+                "phases": ["quality"],
+                "rows": 0,
+            }
+        )
+    rest = [c for c in silent if c not in unscored]
+    if rest:
+        found.append({"columns": rest, "reason": "null in every row; no reason was recorded", "phases": [], "rows": 0})
+    return found
