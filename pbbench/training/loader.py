@@ -1,0 +1,127 @@
+"""The endless stream of training batches: every batch is a function of (seed, step), so training can restart anywhere.
+
+The stream is one permutation of the images after another, one per epoch, cut into batches without regard to where an epoch ends:
+nothing is dropped, and a set smaller than a batch works. Image order comes from (seed, epoch), the flip of an image from
+(seed, epoch, image). The batch of all processes together is cut from the stream and each process takes its rows, so
+N processes with batches of B see what one process with batches of N·B sees.
+
+A set held in memory is gathered by a thread that keeps a few batches ahead; any other is decoded by worker processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from pbbench.config import Experiment
+from pbbench.errors import InputError
+
+if TYPE_CHECKING:
+    from pbbench.training.data import ImageSet
+
+_AHEAD = 4  # batches prepared before they are asked for
+
+
+class Order:
+    """Which image stands at which position of the endless stream, and whether it is flipped there."""
+
+    def __init__(self, num_images: int, seed: int, flip: bool) -> None:
+        self.num_images, self.seed, self.flip = num_images, seed, flip
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def _draw_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(order, flips): flips[i] belongs to image i. Raw bits and a stable sort: the same with every version of NumPy."""
+        bits = np.random.PCG64(np.random.SeedSequence((self.seed, epoch)))
+        order = np.argsort(bits.random_raw(self.num_images), kind="stable")
+        flips = (bits.random_raw(self.num_images) >> np.uint64(63)).astype(bool) & self.flip
+        return order, flips
+
+    def take(self, start: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(image indices, flips) of the positions ``start`` … ``start + count`` − 1."""
+        indices, flips = [], []
+        while count:
+            epoch, rank = divmod(start, self.num_images)
+            order, epoch_flips = self._epoch(epoch)
+            part = order[rank : rank + count]
+            indices.append(part)
+            flips.append(epoch_flips[part])
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(indices), np.concatenate(flips)
+
+
+class _Batches(Dataset[torch.Tensor]):
+    """This process's batches by number, for the thread or the worker processes that prepare them."""
+
+    def __init__(self, images: ImageSet, order: Order, batch_size: int, process_index: int, num_processes: int) -> None:
+        self.images, self.order, self.batch_size = images, order, batch_size
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        start = (number * self.num_processes + self.process_index) * self.batch_size
+        indices, flips = self.order.take(start, self.batch_size)
+        batch = self.images.batch(indices)  # N C H W
+        rows = torch.from_numpy(np.flatnonzero(flips))
+        batch[rows] = batch[rows].flip(-1)
+        return batch
+
+
+def training_loader(
+    images: ImageSet,
+    experiment: Experiment,
+    start_step: int = 0,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    pin_memory: bool = False,
+) -> Iterator[torch.Tensor]:
+    """Endless uint8 (N, 3, H, W) batches, ``gradient_accumulation_steps`` of them per optimizer step, from ``start_step`` (optimizer
+    steps already done) on. ``pin_memory`` puts them where a GPU can copy them from while it computes. Close the iterator to end its
+    thread or workers. Raises InputError where the experiment's channels or size are not those of the images."""
+    model, training = experiment.model, experiment.training
+    if model.channels != 3:
+        raise InputError(f"model.channels is {model.channels}, but the images have 3 (red, green, blue); set model.channels=3")
+    if model.size != images.size:
+        raise InputError(f"model.image_size is {model.size}, but the images were opened at {images.size}")
+    order = Order(len(images), experiment.seed, experiment.data.horizontal_flip)
+    batches = _Batches(images, order, training.batch_size, process_index, num_processes)
+    first = start_step * training.gradient_accumulation_steps
+    workers = experiment.data.num_workers
+    if images.in_memory or workers == 0:
+        return _from_thread(batches, first, pin_memory)
+    return _from_workers(batches, first, workers, pin_memory)
+
+
+def _from_thread(batches: _Batches, first: int, pin_memory: bool) -> Iterator[torch.Tensor]:
+    def load(number: int) -> torch.Tensor:
+        batch = batches[number]
+        return batch.pin_memory() if pin_memory else batch
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        ahead = deque(thread.submit(load, first + k) for k in range(_AHEAD))
+        for number in itertools.count(first + _AHEAD):
+            batch = ahead.popleft().result()
+            ahead.append(thread.submit(load, number))
+            yield batch
+
+
+def _from_workers(batches: _Batches, first: int, workers: int, pin_memory: bool) -> Iterator[torch.Tensor]:
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, sys.maxsize),
+        num_workers=workers,
+        prefetch_factor=_AHEAD,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else making the iterator would draw from the global generator and shift training's noise
+    )
+    yield from loader

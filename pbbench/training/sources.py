@@ -1,0 +1,142 @@
+"""Where image files lie: a folder (nested or not) or a zip, as a sorted list of entries that can be opened by number of process.
+
+Names are relative and use "/", in the sorted order that decides which image is number 0. Hidden files and folders, ``__MACOSX``
+and files that are not images are passed over; what cannot be read is left to the caller to name.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from pbbench.errors import InputError, one_line
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_FILE_BYTES = 2**29
+"""A file (in a zip: its declared size) above this is not an image of a data set; it is named as unreadable, never loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image file: its name in the set, its size in bytes, and its CRC-32 where a zip's directory states it."""
+
+    name: str
+    size: int
+    crc: int | None = None
+
+
+def is_image_name(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and name.lower().endswith(SUFFIXES)
+
+
+class Folder:
+    """A folder of image files. Links are followed, each folder once; a subfolder that cannot be listed is put on ``refused``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.resolve().name or "folder"
+        self.refused: list[tuple[str, str]] = []
+        self.entries = sorted(self._walk(), key=lambda entry: entry.name)
+
+    def _walk(self) -> Iterator[Entry]:
+        try:
+            os.scandir(self.path).close()
+        except OSError as error:
+            raise InputError(f"cannot read the image folder {self.path}: {error.strerror}") from None
+        seen: set[tuple[int, int]] = set()
+        for folder, subfolders, files in os.walk(self.path, followlinks=True, onerror=self._refuse):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__MACOSX")
+            for file in files:
+                if is_image_name(file):
+                    path = Path(folder, file)
+                    yield Entry(path.relative_to(self.path).as_posix(), _size(path))
+
+    def _refuse(self, error: OSError) -> None:
+        name = Path(os.fsdecode(error.filename)).relative_to(self.path).as_posix() + "/"
+        self.refused.append((name, error.strerror or one_line(error)))
+
+    @contextmanager
+    def open(self, entry: Entry) -> Iterator[IO[bytes]]:
+        path = self.path / entry.name
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file:
+            yield file
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a broken link: opening it will say so
+        return 0
+
+
+class Zip:
+    """A zip of image files. Each process opens its own handle, so that forked and spawned workers do not share a file position;
+    threads of one process take turns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self.refused: list[tuple[str, str]] = []
+        self._handle: tuple[int, zipfile.ZipFile] | None = None
+        self._lock = threading.Lock()
+        try:
+            infos = {
+                info.filename: info for info in self._zip().infolist() if not info.is_dir() and is_image_name(info.filename)
+            }
+        except zipfile.BadZipFile as error:
+            what = "is not a zip" if not self._looks_like_zip() else f"is a broken zip ({one_line(error)})"
+            raise InputError(f"{path} {what}; give a folder of images or a zip of them") from None
+        except (OSError, NotImplementedError, ValueError) as error:
+            raise InputError(f"cannot read the zip {path}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+        if any(info.flag_bits & 1 for info in infos.values()):
+            raise InputError(f"the zip {path} is encrypted; unpack it and give the folder")
+        self.entries = [Entry(name, infos[name].file_size, infos[name].CRC) for name in sorted(infos)]
+
+    def _looks_like_zip(self) -> bool:
+        with open(self.path, "rb") as file:
+            return file.read(2) == b"PK"
+
+    def _zip(self) -> zipfile.ZipFile:
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = (os.getpid(), zipfile.ZipFile(self.path))
+        return self._handle[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_handle", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _handle=None, _lock=threading.Lock())
+
+    @contextmanager
+    def open(self, entry: Entry) -> Iterator[IO[bytes]]:
+        with self._lock, self._zip().open(entry.name) as file:
+            yield file
+
+
+def open_source(source: str) -> Folder | Zip:
+    """The folder or zip at ``source``. Raises InputError where it is absent, neither, broken, encrypted or not permitted."""
+    path = Path(os.path.expanduser(source))
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"cannot read the images at {source!r}: {reason}; give a folder, a zip, or 'synthetic'") from None
+    if stat.S_ISDIR(mode):
+        return Folder(path)
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{source!r} is neither a folder nor a zip of images")
+    return Zip(path)
