@@ -51,6 +51,7 @@ class Diffusion:
 
         self.betas = betas.float()
         self.alphas_cumprod = alphas_cumprod.float()
+        self.alphas_cumprod_float64 = alphas_cumprod  # for solvers that derive coefficients of their own
 
         # q(x_t | x_0)
         self.sqrt_alphas_cumprod = alphas_cumprod.sqrt().float()
