@@ -1,9 +1,9 @@
 """The endless stream of training batches: every batch is a function of (seed, step), so training can restart anywhere.
 
-The stream is one permutation of the images after another, one per epoch, cut into batches without regard to where an epoch ends:
-nothing is dropped, and a set smaller than a batch works. Image order comes from (seed, epoch), the flip of an image from
-(seed, epoch, image). The batch of all processes together is cut from the stream and each process takes its rows, so
-N processes with batches of B see what one process with batches of N·B sees.
+The stream is one permutation of the images after another, one per epoch, cut into batches without regard to where an epoch
+ends: nothing is dropped, and a set smaller than a batch works. The order of the images comes from (seed, epoch), the flip of an
+image from (seed, epoch, image). The batch of all processes together is cut from the stream and each process takes its rows,
+so N processes with batches of B see what one process with batches of N·B sees.
 
 A set held in memory is gathered by a thread that keeps a few batches ahead; any other is decoded by worker processes.
 """
@@ -28,6 +28,7 @@ from pbbench.errors import InputError
 
 if TYPE_CHECKING:
     from pbbench.training.data import ImageSet
+    from pbbench.training.stores import Unreadable
 
 _AHEAD = 4  # batches prepared before they are asked for
 
@@ -59,20 +60,28 @@ class Order:
         return np.concatenate(indices), np.concatenate(flips)
 
 
-class _Batches(Dataset[torch.Tensor]):
+Prepared = tuple[torch.Tensor | None, list["Unreadable"]]
+"""A batch (None: no image of the set can be read any more) and the files that proved unreadable on the way."""
+
+
+class _Batches(Dataset[Prepared]):
     """This process's batches by number, for the thread or the worker processes that prepare them."""
 
     def __init__(self, images: ImageSet, order: Order, batch_size: int, process_index: int, num_processes: int) -> None:
         self.images, self.order, self.batch_size = images, order, batch_size
         self.process_index, self.num_processes = process_index, num_processes
 
-    def __getitem__(self, number: int) -> torch.Tensor:
+    def __getitem__(self, number: int) -> Prepared:
         start = (number * self.num_processes + self.process_index) * self.batch_size
         indices, flips = self.order.take(start, self.batch_size)
-        batch = self.images.batch(indices)  # N C H W
+        known = len(self.images.skipped)
+        try:
+            batch = self.images.batch(indices)  # N C H W
+        except InputError:  # raised where the batch is asked for: across processes an error would arrive as a traceback
+            return None, self.images.skipped[known:]
         rows = torch.from_numpy(np.flatnonzero(flips))
         batch[rows] = batch[rows].flip(-1)
-        return batch
+        return batch, self.images.skipped[known:]
 
 
 def training_loader(
@@ -84,9 +93,11 @@ def training_loader(
     num_processes: int = 1,
     pin_memory: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """Endless uint8 (N, 3, H, W) batches, ``gradient_accumulation_steps`` of them per optimizer step, from ``start_step`` (optimizer
-    steps already done) on. ``pin_memory`` puts them where a GPU can copy them from while it computes. Close the iterator to end its
-    thread or workers. Raises InputError where the experiment's channels or size are not those of the images."""
+    """Endless uint8 (N, 3, H, W) batches from ``start_step`` (optimizer steps already done) on: per optimizer step
+    ``gradient_accumulation_steps`` of them, N = ``training.batch_size``.
+
+    ``pin_memory`` puts them where a GPU can copy them from while it computes. Close the iterator to end its thread or workers.
+    Raises InputError where the experiment's channels or size are not those of the images, or no image can be read any more."""
     model, training = experiment.model, experiment.training
     if model.channels != 3:
         raise InputError(f"model.channels is {model.channels}, but the images have 3 (red, green, blue); set model.channels=3")
@@ -95,33 +106,39 @@ def training_loader(
     order = Order(len(images), experiment.seed, experiment.data.horizontal_flip)
     batches = _Batches(images, order, training.batch_size, process_index, num_processes)
     first = start_step * training.gradient_accumulation_steps
-    workers = experiment.data.num_workers
-    if images.in_memory or workers == 0:
-        return _from_thread(batches, first, pin_memory)
-    return _from_workers(batches, first, workers, pin_memory)
+    if images.in_memory:
+        return _checked(_by_thread(batches, first, pin_memory), images)
+    return _checked(_by_workers(batches, first, experiment.data.num_workers, pin_memory), images)
 
 
-def _from_thread(batches: _Batches, first: int, pin_memory: bool) -> Iterator[torch.Tensor]:
-    def load(number: int) -> torch.Tensor:
-        batch = batches[number]
-        return batch.pin_memory() if pin_memory else batch
+def _checked(prepared: Iterator[Prepared], images: ImageSet) -> Iterator[torch.Tensor]:
+    for batch, unreadable in prepared:
+        images.record(unreadable)
+        if batch is None:
+            raise InputError(f"no image of {images.description} can be read any more; is the disk still there?")
+        yield batch
+
+
+def _by_thread(batches: _Batches, first: int, pin_memory: bool) -> Iterator[Prepared]:
+    def prepare(number: int) -> Prepared:
+        batch, unreadable = batches[number]
+        return batch.pin_memory() if pin_memory and batch is not None else batch, unreadable
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        ahead = deque(thread.submit(load, first + k) for k in range(_AHEAD))
+        ahead = deque(thread.submit(prepare, first + k) for k in range(_AHEAD))
         for number in itertools.count(first + _AHEAD):
-            batch = ahead.popleft().result()
-            ahead.append(thread.submit(load, number))
-            yield batch
+            prepared = ahead.popleft().result()
+            ahead.append(thread.submit(prepare, number))
+            yield prepared
 
 
-def _from_workers(batches: _Batches, first: int, workers: int, pin_memory: bool) -> Iterator[torch.Tensor]:
-    loader = DataLoader(
+def _by_workers(batches: _Batches, first: int, workers: int, pin_memory: bool) -> Iterator[Prepared]:
+    yield from DataLoader(
         batches,
         batch_size=None,
         sampler=range(first, sys.maxsize),
         num_workers=workers,
-        prefetch_factor=_AHEAD,
+        prefetch_factor=_AHEAD if workers else None,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else making the iterator would draw from the global generator and shift training's noise
+        generator=torch.Generator(),  # else its iterator would draw from the global generator and shift training's noise
     )
-    yield from loader

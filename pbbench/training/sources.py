@@ -1,7 +1,7 @@
-"""Where image files lie: a folder (nested or not) or a zip, as a sorted list of entries that can be opened by number of process.
+"""Where image files lie: a folder (nested or not) or a zip, as a sorted list of entries that any process can open.
 
-Names are relative and use "/", in the sorted order that decides which image is number 0. Hidden files and folders, ``__MACOSX``
-and files that are not images are passed over; what cannot be read is left to the caller to name.
+Names are relative and use "/"; their sorted order decides which image is number 0. Hidden files and folders, ``__MACOSX`` and
+files that are not images are passed over; an image file that cannot be read is left to the caller to name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_image_name(name: str) -> bool:
 
 
 class Folder:
-    """A folder of image files. Links are followed, each folder once; a subfolder that cannot be listed is put on ``refused``."""
+    """A folder of image files. Links are followed, each folder once; a subfolder that cannot be listed is on ``refused``."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.resolve().name or "folder"
@@ -54,7 +54,7 @@ class Folder:
         seen: set[tuple[int, int]] = set()
         for folder, subfolders, files in os.walk(self.path, followlinks=True, onerror=self._refuse):
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:  # a link that leads back
+            if (status.st_dev, status.st_ino) in seen:  # a link that leads back would be walked for ever
                 subfolders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
@@ -140,3 +140,11 @@ def open_source(source: str) -> Folder | Zip:
     if not stat.S_ISREG(mode):
         raise InputError(f"{source!r} is neither a folder nor a zip of images")
     return Zip(path)
+
+
+def read_bytes(source: Folder | Zip, entry: Entry) -> bytes:
+    """The whole file. Raises OSError, ValueError or what ``zipfile`` raises on a damaged member."""
+    if entry.size > MAX_FILE_BYTES:
+        raise ValueError(f"{entry.size:,} bytes exceed the limit of {MAX_FILE_BYTES:,} for one image file")
+    with source.open(entry) as file:
+        return file.read()
