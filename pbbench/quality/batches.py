@@ -1,29 +1,31 @@
-"""Images for the quality measures: batches of uint8 N, C, H, W out of any Dataset of uint8 C, H, W tensors, checked.
+"""Images for the quality measures: batches of uint8 N, C, H, W out of any set of uint8 C, H, W tensors, checked.
 
-Every measure reads its images through here, in order, one batch in memory at a time.
+Every measure reads its images through here, in order; the next batch is decoded while the current one is worked on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from pbbench.errors import InputError
 
-Images = Dataset[Tensor]
-"""A sized Dataset of uint8 C, H, W tensors of one size (training.data.ImageSet is one)."""
 
+class Images(Protocol):
+    """A sequence of uint8 C, H, W tensors of one size: ``training.data.ImageSet``, any such Dataset, or a list."""
 
-def count(images: Images) -> int:
-    return len(images)  # type: ignore[arg-type]
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def image_shape(images: Images, name: str) -> tuple[int, int, int]:
     """(C, H, W) of the first image. Raises InputError where the set is empty or holds something else than uint8 images."""
-    if count(images) == 0:
+    if len(images) == 0:
         raise InputError(f"the {name} are empty: there is no image to score")
     image = images[0]
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
@@ -33,18 +35,16 @@ def image_shape(images: Images, name: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def check_pair(samples: Images, reference: Images, at_least: int = 2) -> tuple[int, int, int]:
+def check_pair(samples: Images, reference: Images, at_least: int = 1) -> tuple[int, int, int]:
     """The common (C, H, W) of two sets. Raises InputError where either has too few images or their sizes differ:
     an extractor would resize each on its own, and the score would then measure the resizing."""
-    for images, name in ((samples, "samples"), (reference, "reference images")):
-        if 0 < count(images) < at_least:
-            raise InputError(
-                f"{count(images)} image in the {name}; at least {at_least} are needed for a distance between two sets"
-            )
     shape, other = image_shape(samples, "samples"), image_shape(reference, "reference images")
+    for images, name in ((samples, "samples"), (reference, "reference images")):
+        if len(images) < at_least:
+            raise InputError(f"the {name} are too few: {len(images)}; a distance between sets takes at least {at_least}")
     if shape != other:
         raise InputError(
-            f"the samples are {_text(shape)} and the reference images {_text(other)}; resize one set to the other's size first"
+            f"the samples are {_text(shape)} and the reference images {_text(other)}; bring one set to the other's size first"
         )
     return shape
 
@@ -52,12 +52,22 @@ def check_pair(samples: Images, reference: Images, at_least: int = 2) -> tuple[i
 def batches(images: Images, batch_size: int, name: str = "images") -> Iterator[Tensor]:
     """Batches of uint8 N, C, H, W in order. Raises InputError, naming the index, where an image's size is another."""
     shape = image_shape(images, name)
-    for start in range(0, count(images), batch_size):
-        batch = [images[index] for index in range(start, min(start + batch_size, count(images)))]
+
+    def read(start: int) -> Tensor:
+        batch = [images[index] for index in range(start, min(start + batch_size, len(images)))]
         for offset, image in enumerate(batch):
             if image.shape != shape:
                 raise InputError(f"image {start + offset} of the {name} is {_text(image.shape)}, the first is {_text(shape)}")
-        yield torch.stack(batch)  # N C H W
+        return torch.stack(batch)  # N C H W
+
+    with ThreadPoolExecutor(1) as ahead:
+        starts = range(0, len(images), batch_size)
+        following = ahead.submit(read, 0)
+        for start in starts:
+            batch = following.result()
+            if start != starts[-1]:
+                following = ahead.submit(read, start + batch_size)
+            yield batch
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -8,8 +8,10 @@ its SHA-256 decides whether the result may be called FID.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import os
+import pickle
 import queue
 import tempfile
 import threading
@@ -32,6 +34,10 @@ WEIGHTS_VARIABLE = "PBBENCH_INCEPTION_WEIGHTS"
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the network that FID is defined on."""
 INCEPTION_LAYER = "2048"
+
+
+class MissingWeightsError(InputError):
+    """No weights were named and none could be had: the one case in which a stand-in extractor may be chosen instead."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +69,19 @@ def resolve_inception_weights(
 ) -> Weights:
     """The first of: ``path``, $PBBENCH_INCEPTION_WEIGHTS, torch hub's cache, torch-fidelity's download; checked.
 
-    ``timeout_seconds`` bounds the wait for the server (name resolution included) and for each next block; ``progress`` is
-    called with (bytes so far, bytes in all or 0). Raises InputError where a named file is absent or foreign, or where there
-    is none and it cannot be had; a named file is never passed over for the next source.
+    ``timeout_seconds`` bounds the wait for the server (name resolution included) and then for each block; ``progress`` is
+    called with (bytes so far, bytes in all or 0). A file that was named is never passed over for the next source: where it is
+    absent, unreadable or foreign, InputError says so. MissingWeightsError: none was named, and there is none.
     """
-    variable = os.environ.get(WEIGHTS_VARIABLE)
     if path is not None:
         return check_weights(Path(path).expanduser(), "--inception-weights")
-    if variable:
+    if variable := os.environ.get(WEIGHTS_VARIABLE):
         return check_weights(Path(variable).expanduser(), WEIGHTS_VARIABLE)
     cached = hub_cache()
     if cached.exists():
         return check_weights(cached, "torch hub's cache")
     if not allow_download:
-        raise InputError(_missing("downloading is switched off"))
+        raise MissingWeightsError(_missing("downloading is switched off"))
     _download(cached, timeout_seconds, progress)
     return check_weights(cached, "download")
 
@@ -84,42 +89,54 @@ def resolve_inception_weights(
 def check_weights(path: Path, origin: str) -> Weights:
     """Open without executing anything, match names and shapes with torch-fidelity's network, hash. Raises InputError."""
     if not path.is_file():
-        raise InputError(f"{origin}: no Inception weights file at {path}; {_remedy()}")
+        raise InputError(f"{origin}: there is no file at {path}; {_remedy()}")
     try:
-        state = _read(path, map_location="meta")
-        with torch.device("meta"):
-            _network(state)
-    except Exception as error:  # anything a foreign file can make torch.load or load_state_dict raise
-        raise InputError(
-            f"{origin}: {path} does not hold torch-fidelity's Inception weights ({one_line(error)[:160]}); {_remedy()}"
-        ) from None
-    with path.open("rb") as file:
-        return Weights(path, hashlib.file_digest(file, "sha256").hexdigest(), origin)
+        _network(_read(path, "meta"), "meta")  # names and shapes only: nothing is allocated
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except Exception as error:  # a foreign file can make torch.load and load_state_dict raise nearly anything
+        again = f"delete it or {_remedy()}" if path == hub_cache() else _remedy()
+        raise InputError(f"{origin}: {path} {_what_is_wrong(error)}; {again}") from None
+    return Weights(path, sha256, origin)
 
 
 def build_inception(weights: Weights) -> Any:
     """torch-fidelity's extractor with these weights, in eval mode on the CPU. It is given a copy of the tensors that were
     read safely, so the file itself is never unpickled."""
-    return _network(_read(weights.path, map_location="cpu"))
+    return _network(_read(weights.path, "cpu"), "cpu")
 
 
-def _read(path: Path, map_location: str) -> Any:
-    return torch.load(path, weights_only=True, map_location=map_location)
+def _read(path: Path, device: str) -> dict[str, torch.Tensor]:
+    state = torch.load(path, weights_only=True, map_location=device)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise TypeError("not a dict of tensors")
+    return state
 
 
-def _network(state: Any) -> Any:
+def _network(state: dict[str, torch.Tensor], device: str) -> Any:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError("it is not a dict of tensors")
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
-    return FeatureExtractorInceptionV3(INCEPTION, [INCEPTION_LAYER], feature_extractor_weights_path=buffer)
+    with torch.device(device):
+        return FeatureExtractorInceptionV3(
+            INCEPTION, [INCEPTION_LAYER], feature_extractor_weights_path=buffer, feature_extractor_internal_dtype="float32"
+        )
+
+
+def _what_is_wrong(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or one_line(error)})"
+    if isinstance(error, pickle.UnpicklingError):
+        return "is not a torch file of plain tensors (anything else is refused unread: it could run code)"
+    if isinstance(error, TypeError) or "state_dict" in str(error):
+        return "holds other tensors than torch-fidelity's Inception network has"
+    return "is damaged or not a torch file"
 
 
 def _download(target: Path, timeout: float, progress: Callable[[int, int], None] | None) -> None:
-    """Fetch the published file aside, check its SHA-256, rename it into place. Raises InputError."""
+    """Fetch the published file aside, check its SHA-256, rename it into place. Raises MissingWeightsError."""
     aside = None
     try:
         response = _open_url(WEIGHTS_URL, timeout)
@@ -134,17 +151,18 @@ def _download(target: Path, timeout: float, progress: Callable[[int, int], None]
                 if progress:
                     progress(size, total)
         if not digest.hexdigest().startswith(PUBLISHED_SHA256):
-            raise InputError(_missing(f"the download from {WEIGHTS_URL} is damaged: sha256 {digest.hexdigest()[:16]}…"))
-        os.replace(aside, target)
-    except OSError as error:  # URLError and timeouts included
-        raise InputError(_missing(f"the download failed ({one_line(error)})")) from None
+            raise MissingWeightsError(_missing(f"what came from the network is damaged (sha256 {digest.hexdigest()[:8]}…)"))
+        aside.chmod(0o644)
+        aside.replace(target)
+    except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+        raise MissingWeightsError(_missing(f"the download failed ({one_line(error)})")) from None
     finally:
         if aside is not None:
             aside.unlink(missing_ok=True)
 
 
 def _open_url(url: str, timeout: float) -> Any:
-    """urlopen in a thread: its timeout does not cover name resolution, which may hang for minutes without a network."""
+    """urlopen in a thread: its own timeout does not cover name resolution, which can hang for minutes without a network."""
     answer: queue.Queue[Any] = queue.Queue()
 
     def ask() -> None:
@@ -164,7 +182,7 @@ def _open_url(url: str, timeout: float) -> Any:
 
 
 def _missing(why: str) -> str:
-    return f"Inception weights {WEIGHTS_NAME} are needed for FID and {why}; {_remedy()}"
+    return f"FID and KID need Inception's weights, {WEIGHTS_NAME}, and there are none: {why}; {_remedy()}"
 
 
 def _remedy() -> str:
