@@ -115,7 +115,8 @@ def open_images(
     """The images of a folder, a zip, or "synthetic" at ``size`` (H, W).
 
     The first ``num_images`` readable ones by name; all of them where there are fewer or None is given (of the scenes of
-    ``seed``, 10,000). Raises InputError where the source is absent, not permitted, broken, encrypted or without one readable image."""
+    ``seed``, 10,000). Raises InputError where the source is absent, not permitted, broken, encrypted or without one readable
+    image."""
     if num_images is not None and num_images < 1:
         raise InputError(f"num_images is {num_images}; it must be a positive number")
     bytes_per_image = 3 * size[0] * size[1]

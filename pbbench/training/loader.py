@@ -79,8 +79,8 @@ class _Batches(Dataset[Prepared]):
             batch = self.images.batch(indices)  # N C H W
         except InputError:  # raised where the batch is asked for: across processes an error would arrive as a traceback
             return None, self.images.skipped[known:]
-        rows = torch.from_numpy(np.flatnonzero(flips))
-        batch[rows] = batch[rows].flip(-1)
+        pixels = batch.numpy()  # NumPy's copies stay on this thread; torch's would wake the cores that training computes on
+        pixels[flips] = pixels[flips, :, :, ::-1]
         return batch, self.images.skipped[known:]
 
 

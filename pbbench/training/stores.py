@@ -1,7 +1,7 @@
 """Where an ``ImageSet`` has its pixels: decoded files in memory, files decoded as they are asked for, or built-in scenes.
 
-Each store answers the same questions: ``len``; ``read``, the images of some numbers, counted from ``first`` in a part of ``count``;
-``describe``; ``identity``, the facts a fingerprint is made of; ``in_memory``, is reading free; ``skipped``.
+Each store answers the same questions: ``len``; ``read``, the images of some numbers, counted from ``first`` in a part of
+``count``; ``describe``; ``identity``, the facts a fingerprint is made of; ``in_memory``, is reading free; ``skipped``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 _CHUNK = 512  # files in the air at a time
 _GROUP = 16  # files per task of a decoding thread
 _SMALL_FILE_BYTES = 8192
-"""Decoding smaller files is mostly Python's own work, at which threads hinder each other (CIFAR-10: 1.4 s by two, 0.9 s by one)."""
+"""Decoding smaller files is mostly Python's own work, at which threads hinder each other (CIFAR-10: 1.4 s by two, 0.9 by one)."""
 
 
 class Unreadable(NamedTuple):
@@ -124,7 +124,7 @@ class MemoryStore(_FileStore):
             self._entries.append(entry)
 
     def read(self, indices: Indices, first: int, count: int) -> torch.Tensor:
-        return self._memory[torch.from_numpy(indices + first)]
+        return torch.from_numpy(self._memory.numpy()[indices + first])
 
 
 class LazyStore(_FileStore):
@@ -185,11 +185,12 @@ class SceneStore:
         numbers = indices + first
         if not self.in_memory:
             return torch.from_numpy(synthetic.scenes(self.seed, numbers, self.size))
+        kept = self._kept.numpy()
         missing = np.unique(numbers[~self._drawn[numbers]])
         if missing.size:
-            self._kept[torch.from_numpy(missing)] = torch.from_numpy(synthetic.scenes(self.seed, missing, self.size))
+            kept[missing] = synthetic.scenes(self.seed, missing, self.size)
             self._drawn[missing] = True
-        return self._kept[torch.from_numpy(numbers)]
+        return torch.from_numpy(kept[numbers])
 
     def describe(self, count: int) -> str:
         return f"synthetic scenes, seed {self.seed}: {count:,} images"
