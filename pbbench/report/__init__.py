@@ -36,7 +36,8 @@ def terminal_table(run: Path | str | Iterable[CellResult], width: int | None = N
     and named under the table.
     """
     from pbbench.records import read_cells
-    from pbbench.report.layout import to_rich, tradeoff_sheet
+    from pbbench.report.layout import tradeoff_sheet
+    from pbbench.report.sheet import to_rich
 
     cells = read_cells(Path(run)) if isinstance(run, str | Path) else list(run)
     return to_rich(tradeoff_sheet(cells), width)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from pbbench.records import CATEGORIES, COLUMNS, CellResult, Row
+from pbbench.records import CATEGORIES, COLUMNS, CellResult
 
 METERS = {
     "peak_allocated_bytes": "torch.cuda peak allocated",
@@ -66,7 +66,7 @@ def passes(patch_batch_size: float | None, batch_size: float | None, divider: fl
     return "index" if patch_batch_size == batch_size else f"{patch_batch_size:.0f}"
 
 
-def _axis(cell: CellResult, name: str) -> Any:
+def axis(cell: CellResult, name: str) -> Any:
     """A setting of the cell: from its rows, which hold effective values, or else from its axes."""
     for row in cell.rows:
         if getattr(row, name) is not None:
@@ -86,7 +86,7 @@ def configurations(cells: Iterable[CellResult]) -> list[tuple[dict[str, Any], li
     names = ("mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
     for cell in cells:
         if cell.kind == "measure":
-            groups.setdefault(tuple(_axis(cell, name) for name in names), []).append(cell)
+            groups.setdefault(tuple(axis(cell, name) for name in names), []).append(cell)
 
     def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
         return str(key[0]), key[1] or 0, key[2] or 0, -(key[3] or 0)
@@ -94,14 +94,14 @@ def configurations(cells: Iterable[CellResult]) -> list[tuple[dict[str, Any], li
     return [(dict(zip(names, key, strict=True)), groups[key]) for key in sorted(groups, key=order)]
 
 
-def _finite(values: Iterable[Any]) -> list[float]:
+def finite(values: Iterable[Any]) -> list[float]:
     return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
 
 
 def step_values(cells: Iterable[CellResult], phase: str, column: str, temperature: str = "warm") -> list[float]:
     """One value per repeat of the phase's row, failed and unknown ones left out."""
     rows = [r for c in cells for r in c.rows if (r.phase, r.temperature, r.status) == (phase, temperature, "ok")]
-    return _finite(getattr(r, column) for r in rows)
+    return finite(getattr(r, column) for r in rows)
 
 
 def _median(values: Sequence[float]) -> float:
@@ -114,7 +114,7 @@ def quality(cells: Iterable[CellResult]) -> dict[int, dict[str, float]]:
     for cell in cells:
         if cell.kind != "quality":
             continue
-        divider = _axis(cell, "patch_divider")
+        divider = axis(cell, "patch_divider")
         for row in cell.rows:
             if row.phase != "quality" or row.status != "ok" or divider is None:
                 continue
@@ -122,7 +122,7 @@ def quality(cells: Iterable[CellResult]) -> dict[int, dict[str, float]]:
             extra = {k: v for k, v in metrics.items() if k not in COLUMNS and (k in DISTANCES or k.endswith("_distance"))}
             values = {name: getattr(row, name) for name in QUALITY if name in COLUMNS} | extra
             for name, value in values.items():
-                if _finite([value]):
+                if finite([value]):
                     found.setdefault(divider, {}).setdefault(name, []).append(value)
     return {d: {name: _median(values) for name, values in named.items()} for d, named in found.items()}
 
@@ -159,7 +159,7 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     cells = list(cells)
     column = memory_column(cells)
     groups, scores = configurations(cells), quality(cells)
-    judged = {_axis(c, "patch_divider"): c for c in cells if c.kind == "quality"}
+    judged = {axis(c, "patch_divider"): c for c in cells if c.kind == "quality"}
     for divider in sorted(set(judged) - {settings["patch_divider"] for settings, _ in groups}):  # scored, never measured
         groups.append(({"patch_divider": divider}, []))
     repeated = any(len(members) > 1 for _, members in groups)
@@ -178,7 +178,7 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
                     line |= {f"{short}_{name}_max": max(values, default=math.nan)}
             measured, predicted = (_median(step_values(members, phase, f"{k}_allocated_bytes")) for k in ("peak", "predicted"))
             line[f"{short}_prediction_error"] = predicted / measured - 1 if measured else math.nan
-        line |= {name: scores.get(d, {}).get(name, math.nan) for name in _quality_names(scores)}
+        line |= {name: scores.get(d or 0, {}).get(name, math.nan) for name in _quality_names(scores)}
         failed = [f"quality: {_status([judged[d]])}"] if d in judged and judged[d].status != "ok" else []
         own = _status(members)
         line["status"] = "; ".join(([own] if own != "ok" or not failed else []) + failed)
@@ -246,69 +246,8 @@ def meters(cells: Iterable[CellResult]) -> pd.DataFrame:
         for phase in STEPS.values():
             for temperature in ("cold", "warm"):
                 readings = {name: _median(step_values(members, phase, name, temperature)) for name in METERS}
-                if _finite(readings.values()):
+                if finite(readings.values()):
                     named = passes(settings["patch_batch_size"], settings["batch_size"], settings["patch_divider"])
                     lines.append({**settings, "patches_per_pass": named, "phase": phase, "temperature": temperature} | readings)
     frame = pd.DataFrame(lines)
     return frame.drop(columns=[c for c in METERS if c in frame and not frame[c].notna().any()])
-
-
-def failures(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
-    """One entry per cell that failed: cell, status, phase, cause (one line), and the error's byte counts where it has them."""
-    found = []
-    for cell in cells:
-        row = next((r for r in cell.rows if r.status != "ok"), None)
-        if cell.status == "ok" and row is None:
-            continue
-        status = cell.status if cell.status != "ok" or row is None else row.status
-        kind, message = cell.error.get("type"), " ".join(str(cell.error.get("message") or "").split())
-        cause = ": ".join(part for part in (kind, message) if part) or "no cause was recorded"
-        counts = {k: cell.error[k] for k in ("requested", "free", "allocated", "reserved") if _finite([cell.error.get(k)])}
-        phase = cell.error.get("phase") or (row.phase if row else None)
-        found.append({"cell": cell.id, "status": status, "phase": phase, "cause": cause, "bytes": counts})
-    return found
-
-
-def unmeasured(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
-    """What is null and why, grouped: columns, the reason, the phases, and how many rows; columns that no row of a run fills
-    and that give no reason come last."""
-    cells = list(cells)
-    groups: dict[str, dict[str, Any]] = {}
-    filled: set[str] = set()
-    explained: set[str] = set()
-    for row in (Row.model_validate(values) for values in results(cells).to_dict("records")):
-        for name in COLUMNS:
-            reason = row.reasons.get(name)
-            if getattr(row, name) is not None:
-                filled.add(name)
-            elif reason:
-                group = groups.setdefault(reason, {"columns": set(), "phases": set(), "rows": set()})
-                explained.add(name)
-                group["columns"].add(name)
-                group["phases"].add(row.phase)
-                group["rows"].add((row.cell, row.phase, row.temperature, row.repeat))
-    found = [
-        {
-            "columns": [c for c in COLUMNS if c in g["columns"]],
-            "reason": reason,
-            "phases": sorted(g["phases"]),
-            "rows": len(g["rows"]),
-        }
-        for reason, g in groups.items()
-    ]
-    silent = [c for c in COLUMNS if c not in filled | explained]
-    scored = any(c.kind == "quality" for c in cells)
-    unscored = [c for c in silent if c in {*QUALITY, "extractor", "sampler", "num_inference_steps"}] if not scored else []
-    if unscored:
-        found.append(
-            {
-                "columns": unscored,
-                "reason": "no quality cell in this run: memory and speed only",
-                "phases": ["quality"],
-                "rows": 0,
-            }
-        )
-    rest = [c for c in silent if c not in unscored]
-    if rest:
-        found.append({"columns": rest, "reason": "null in every row; no reason was recorded", "phases": [], "rows": 0})
-    return found

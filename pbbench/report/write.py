@@ -12,6 +12,7 @@ from typing import Any
 
 from pbbench.records import CellResult, read_cells, write_json, write_text
 from pbbench.report import layout, tables
+from pbbench.report.sheet import to_latex, to_markdown
 
 
 @dataclass
@@ -66,8 +67,8 @@ def write_report(path: Path) -> list[Path]:
     rows = tables.results(run.cells)
     sheet = layout.tradeoff_sheet(run.cells)
     texts = {
-        "table.tex": layout.to_latex(sheet),
-        "report.md": f"# {run.experiment.get('name', path.name)}\n\n{layout.to_markdown(sheet)}",
+        "table.tex": to_latex(sheet),
+        "report.md": f"# {run.experiment.get('name', path.name)}\n\n{to_markdown(sheet)}",
     }
     as_text = rows.assign(reasons=[json.dumps(r, ensure_ascii=False, sort_keys=True) for r in rows["reasons"]])
     texts["results.csv"] = as_text.to_csv(index=False, lineterminator="\n")

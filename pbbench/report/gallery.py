@@ -1,0 +1,173 @@
+"""Which figures a run gets: each drawn, named and captioned, or left out with the reason; and the samples side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from pbbench.records import CellResult
+from pbbench.report import plots, tables
+from pbbench.report.layout import fixed_settings, quality_label
+from pbbench.report.sheet import number, whole
+from pbbench.report.style import FULL_WIDTH, new_figure, styled
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of a report."""
+
+    name: str
+    """Of its files, without the suffix."""
+    title: str
+    caption: str
+    figure: Figure
+
+
+def pictures(cells: Sequence[CellResult], run: Path) -> tuple[list[Picture], list[str]]:
+    """The figures the cells hold data for, and for each other one a line that says why it is not there."""
+    frame, parts = tables.tradeoff(cells), tables.split(cells)
+    found: list[Picture] = []
+    absent: list[str] = []
+    meter = tables.METERS[frame.attrs["memory_column"]]
+    measured = frame[frame["batch_size"].notna()]
+    column = tables.distance_column(frame)
+    for suffix, settings in _groups(measured):
+        own = measured[_same(measured, settings)]
+        own_parts = parts[_same(parts, settings)]
+        said = fixed_settings(own)
+        if column:
+            caption = (
+                f"Memory against quality: peak of a warm training step and of a warm sampling step by {meter}, {said}; "
+                f"quality as {quality_label(column)}. Smaller is better on both axes; the dark points on the dashed line are "
+                "beaten by no other. A divider is trained once: every way to pass its patches has its quality."
+            )
+            _keep(found, f"memory_quality{suffix}", "Memory against quality", caption, plots.memory_against_quality(own))
+        caption = (
+            f"What fills the peak of a warm step, {said}: live tensor bytes per divider, all patches in one pass beside one "
+            "patch index a pass. The figures over the bars are their sums."
+        )
+        _keep(found, f"memory_split{suffix}", "What fills each peak", caption, plots.peak_by_category(own_parts))
+        caption = f"Speed against memory of a warm step, {said}; peaks by {meter}. Up and to the left is better."
+        _keep(found, f"speed_memory{suffix}", "Speed against memory", caption, plots.speed_against_memory(own))
+    made = {picture.title for picture in found}
+    if "Memory against quality" not in made:
+        if not any(cell.kind == "quality" for cell in cells):
+            why = "this run scored no images (memory and speed only)"
+        else:
+            why = "no divider has a quality figure" if column is None else "no scored divider has a measured peak"
+        absent.append(f"Memory against quality: {why}.")
+    if "What fills each peak" not in made:
+        absent.append("What fills each peak: no step that ended well was split by what fills it.")
+    if "Speed against memory" not in made:
+        absent.append("Speed against memory: no step that ended well has both a peak and a speed.")
+    samples, notes = _samples(cells, run, frame)
+    return found + samples, absent + notes
+
+
+def _keep(found: list[Picture], name: str, title: str, caption: str, figure: Figure | None) -> None:
+    if figure is not None:
+        found.append(Picture(name, title, caption, figure))
+
+
+def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The pairs of batch size and precision, each with the suffix of its figures' names: none where there is but one."""
+    pairs = list(frame[["batch_size", "mixed_precision"]].drop_duplicates().itertuples(index=False, name=None))
+    for batch_size, precision in pairs:
+        suffix = f"-b{batch_size:.0f}-{precision}" if len(pairs) > 1 else ""
+        yield suffix, {"batch_size": batch_size, "mixed_precision": precision}
+
+
+def _same(frame: pd.DataFrame, settings: dict[str, Any]) -> pd.Series:
+    matches = pd.Series(True, index=frame.index)
+    for name, value in settings.items():
+        matches &= frame[name].eq(value) | (frame[name].isna() if pd.isna(value) else False)
+    return matches
+
+
+def _samples(cells: Sequence[CellResult], run: Path, frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
+    """The grids the quality cells name, titled with their divider and its figure."""
+    grids: dict[str, Path] = {}
+    notes: list[str] = []
+    column = tables.distance_column(frame)
+    scores = tables.quality(cells)
+    for cell in sorted((c for c in cells if c.kind == "quality"), key=lambda c: (tables.axis(c, "patch_divider") or 0, c.id)):
+        divider = tables.axis(cell, "patch_divider")
+        grid = cell.details.get("grid")
+        path = run / str(grid)
+        if not grid or not path.is_file():
+            missing = f"{grid} is not there" if grid else "the cell names no grid of samples"
+            notes.append(f"Samples at d = {divider}: {missing if cell.status == 'ok' else cell.status.replace('_', ' ')}.")
+        elif not _is_image(path):
+            notes.append(f"Samples at d = {divider}: {grid} cannot be read as an image.")
+        else:
+            score = scores.get(divider, {}).get(column or "")
+            grids[f"d = {divider}" + (f"   ({_brief(column)} {number(score)})" if column and score is not None else "")] = path
+    if not grids:
+        return [], [*notes, "Samples: there is no grid of samples to show."]
+    reference = run / "samples" / "reference.png"
+    shown = reference if reference.is_file() and _is_image(reference) else None
+    if shown is None:
+        notes.append("Reference images: samples/reference.png is not there or cannot be read.")
+    counts = {tables.quality(cells).get(d, {}).get("num_images") for d in scores} - {None}
+    scored = f", scored on {'/'.join(whole(c) for c in sorted(counts))} images" if counts else ""  # type: ignore[type-var]
+    named = f"; in brackets its {quality_label(column)}{scored}" if column else ""
+    caption = f"Samples, not picked: the first images of each divider, from the same noise{named}."
+    figure = sample_grids(grids, shown)
+    return [Picture("samples", "Samples", caption, figure)] if figure else [], notes
+
+
+def _brief(column: str | None) -> str:
+    return {"frechet_inception_distance": "FID", "held_out_loss": "loss"}.get(column or "", "distance")
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        return imread(path).ndim >= 2
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises on broken files
+        return False
+
+
+@styled
+def sample_grids(grids: Mapping[str, Path], reference: Path | None = None) -> Figure | None:
+    """Grids of samples beside each other, titled by the mapping's keys, and the reference images as one more panel, or as a
+    row underneath where their grid is a wide strip. Raises OSError or ValueError for a file that is no image."""
+    if not grids:
+        return None
+    images = {title: imread(path) for title, path in grids.items()}
+    strip = None
+    if reference is not None:
+        real = imread(reference)
+        if real.shape[1] > 2 * real.shape[0]:
+            strip = real
+        else:
+            images["reference images"] = real
+    columns = min(2 if len(images) == 4 else 3, len(images))
+    rows = math.ceil(len(images) / columns)
+    side = FULL_WIDTH / max(columns, 2)
+    ratio = max(image.shape[0] / image.shape[1] for image in images.values())
+    heights = [rows * (side * ratio + 0.22)]
+    if strip is not None:
+        heights.append(FULL_WIDTH * strip.shape[0] / strip.shape[1] + 0.25)
+    figure = new_figure(side * columns, sum(heights))
+    bands = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    panels = bands[0].subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (title, image) in zip(panels, images.items(), strict=False):
+        _show(axes, title, image)
+    if strip is not None:
+        _show(bands[1].subplots(), "reference images", strip)
+    return figure
+
+
+def _show(axes: plots.Axes, title: str, image: object) -> None:
+    axes.imshow(image, cmap="gray")  # type: ignore[arg-type]  # the colour map serves single-channel images only
+    axes.set_title(title, fontsize=8, pad=3)
+    axes.set_axis_off()

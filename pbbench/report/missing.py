@@ -1,0 +1,70 @@
+"""What a run does not hold: the cells that failed, with their causes, and the columns that are null, with their reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pbbench.records import COLUMNS, CellResult, Row
+from pbbench.report.tables import QUALITY, finite, results
+
+
+def failures(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
+    """One entry per cell that failed: cell, status, phase, cause (one line), and the error's byte counts where it has them."""
+    found = []
+    for cell in cells:
+        row = next((r for r in cell.rows if r.status != "ok"), None)
+        if cell.status == "ok" and row is None:
+            continue
+        status = cell.status if cell.status != "ok" or row is None else row.status
+        kind, message = cell.error.get("type"), " ".join(str(cell.error.get("message") or "").split())
+        cause = ": ".join(part for part in (kind, message) if part) or "no cause was recorded"
+        counts = {k: cell.error[k] for k in ("requested", "free", "allocated", "reserved") if finite([cell.error.get(k)])}
+        phase = cell.error.get("phase") or (row.phase if row else None)
+        found.append({"cell": cell.id, "status": status, "phase": phase, "cause": cause, "bytes": counts})
+    return found
+
+
+def unmeasured(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
+    """What is null and why, grouped: columns, the reason, the phases, and how many rows; columns that no row of a run fills
+    and that give no reason come last."""
+    cells = list(cells)
+    groups: dict[str, dict[str, Any]] = {}
+    filled: set[str] = set()
+    explained: set[str] = set()
+    for row in (Row.model_validate(values) for values in results(cells).to_dict("records")):
+        for name in COLUMNS:
+            reason = row.reasons.get(name)
+            if getattr(row, name) is not None:
+                filled.add(name)
+            elif reason:
+                group = groups.setdefault(reason, {"columns": set(), "phases": set(), "rows": set()})
+                explained.add(name)
+                group["columns"].add(name)
+                group["phases"].add(row.phase)
+                group["rows"].add((row.cell, row.phase, row.temperature, row.repeat))
+    found = [
+        {
+            "columns": [c for c in COLUMNS if c in g["columns"]],
+            "reason": reason,
+            "phases": sorted(g["phases"]),
+            "rows": len(g["rows"]),
+        }
+        for reason, g in groups.items()
+    ]
+    silent = [c for c in COLUMNS if c not in filled | explained]
+    scored = any(c.kind == "quality" for c in cells)
+    unscored = [c for c in silent if c in {*QUALITY, "extractor", "sampler", "num_inference_steps"}] if not scored else []
+    if unscored:
+        found.append(
+            {
+                "columns": unscored,
+                "reason": "no quality cell in this run: memory and speed only",
+                "phases": ["quality"],
+                "rows": 0,
+            }
+        )
+    rest = [c for c in silent if c not in unscored]
+    if rest:
+        found.append({"columns": rest, "reason": "null in every row; no reason was recorded", "phases": [], "rows": 0})
+    return found

@@ -1,0 +1,246 @@
+"""The charts: memory against quality, what fills each peak, and speed against memory.
+
+Each function takes a table of ``tables`` and returns a figure, or None where the table holds nothing to draw. Shape marks the
+divider; filled marks one patch index a pass, open marks all patches in one pass, half filled any other number.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from pbbench.records import CATEGORIES
+from pbbench.report.layout import CATEGORY_NAMES, quality_label
+from pbbench.report.sheet import in_unit, whole
+from pbbench.report.style import (
+    COLUMN_WIDTH,
+    FILLS,
+    FULL_WIDTH,
+    MARKERS,
+    STRONG,
+    WEAK,
+    Point,
+    new_figure,
+    place_labels,
+    scale_axis,
+    shared_unit,
+    styled,
+)
+from pbbench.report.tables import METERS, STEPS, distance_column
+
+STEP_NAMES = {"train": "training", "sample": "sampling"}
+DASHED: Any = (0, (4, 2))
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that none beats, both coordinates being better when smaller, sorted by the first; of equal
+    points the first counts."""
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+@dataclass
+class _Panel:
+    """One step's points in one pair of axes; x in ``unit``."""
+
+    axes: Axes
+    lines: pd.DataFrame
+    xs: list[float]
+    ys: list[float]
+    joins: list[list[Point]] = field(default_factory=list)
+
+    @property
+    def points(self) -> list[Point]:
+        return list(zip(self.xs, self.ys, strict=True))
+
+
+def _panels(frame: pd.DataFrame, values: Mapping[str, str], *, sharey: bool) -> tuple[Figure, list[_Panel]] | None:
+    """A panel per step that has points, with its memory axis; ``values``: step → the column that goes up the y axis."""
+    drawn = {s: frame[frame[f"{s}_peak_bytes"].notna() & frame[column].notna()] for s, column in values.items()}
+    drawn = {s: lines for s, lines in drawn.items() if len(lines)}
+    if not drawn:
+        return None
+    figure = new_figure(FULL_WIDTH if len(drawn) > 1 else COLUMN_WIDTH, 2.75)
+    panels = []
+    for axes, (step, lines) in zip(figure.subplots(1, len(drawn), sharey=sharey, squeeze=False)[0], drawn.items(), strict=True):
+        unit, size = shared_unit(lines[f"{step}_peak_bytes"])
+        panels.append(_Panel(axes, lines, [x / size for x in lines[f"{step}_peak_bytes"]], list(lines[values[step]])))
+        scale_axis(axes.xaxis, panels[-1].xs, zero=True)
+        axes.set_xlabel(f"{STEP_NAMES[step]} peak, {METERS[frame.attrs['memory_column']]} ({unit})")
+        if f"{step}_peak_bytes_min" in lines:  # the range over the repeats
+            low, high = (lines[f"{step}_peak_bytes_{end}"] / size for end in ("min", "max"))
+            axes.hlines(panels[-1].ys, low, high, color=WEAK, linewidth=0.7, zorder=2)
+    return figure, panels
+
+
+def _fill(passes: str) -> str:
+    return {"index": "full", "all": "none"}.get(passes, "left")
+
+
+def _name(line: Any) -> str:
+    alone = line["patch_divider"] == 1 and line["patches_per_pass"] == "all"
+    return f"d={line['patch_divider']:.0f}" + ("" if alone else f" {line['patches_per_pass']}")
+
+
+def _draw_points(panel: _Panel, dividers: Sequence[int], colours: Sequence[str]) -> None:
+    for (x, y), (_, line), colour in zip(panel.points, panel.lines.iterrows(), colours, strict=True):
+        shape: Any = MARKERS[dividers.index(line["patch_divider"]) % len(MARKERS)]
+        fill: dict[str, Any] = {"fillstyle": _fill(line["patches_per_pass"]), "markerfacecoloralt": "white", "color": colour}
+        panel.axes.plot([x], [y], marker=shape, markersize=5, markeredgewidth=0.9, linestyle="none", zorder=3, **fill)
+
+
+def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -> Figure:
+    """The shapes and fills that occur in a legend under the panels, then the points' labels."""
+    lines = pd.concat([panel.lines for panel in panels])
+    bare: dict[str, Any] = {"linestyle": "none", "markersize": 5, "markeredgewidth": 0.9}
+    shape: dict[str, Any] = {**bare, "color": "#555555", "markerfacecolor": "#dddddd"}
+    dividers = sorted(lines["patch_divider"].unique())
+    handles = [Line2D([], [], marker=MARKERS[i % len(MARKERS)], label=f"d = {d:.0f}", **shape) for i, d in enumerate(dividers)]
+    words = {"none": "all patches in one pass", "full": "one patch index a pass", "left": "another number a pass"}
+    occurring = {_fill(passes) for passes in lines["patches_per_pass"]}
+    for style, label in words.items():
+        if style in occurring:
+            fill: dict[str, Any] = {"fillstyle": style, "markerfacecoloralt": "white", "color": STRONG}
+            handles.append(Line2D([], [], marker="o", label=label, **bare, **fill))
+    handles += list(extra)
+    most = 7 if len(panels) > 1 else 2
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / most))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.2, columnspacing=1.0)
+    for panel in panels:
+        place_labels(panel.axes, panel.points, [_name(line) for _, line in panel.lines.iterrows()], panel.joins)
+    return figure
+
+
+def _quality_axis(frame: pd.DataFrame, column: str) -> str:
+    counts = sorted(frame["num_images"].dropna().unique()) if "num_images" in frame and column != "held_out_loss" else []
+    images = f"{'/'.join(whole(c) for c in counts)} images; " if counts else ""
+    return "\n".join([*textwrap.wrap(quality_label(column), 32), f"({images}lower is better)"])
+
+
+@styled
+def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
+    """``tables.tradeoff`` as points, training and sampling side by side, with the configurations no other beats joined."""
+    column = distance_column(frame)
+    drawn = _panels(frame, dict.fromkeys(STEPS, column), sharey=True) if column else None
+    if column is None or drawn is None:
+        return None
+    figure, panels = drawn
+    dividers = sorted(pd.concat([panel.lines for panel in panels])["patch_divider"].unique())
+    for panel in panels:
+        front = pareto(panel.points)
+        corners = [panel.points[front[0]]]
+        for i in front[1:]:  # a staircase: the best quality that each size of memory buys
+            corners += [(panel.xs[i], corners[-1][1]), panel.points[i]]
+        panel.axes.plot(*zip(*corners, strict=True), color=STRONG, linestyle=DASHED, linewidth=0.8)
+        panel.joins.append(corners)
+        _draw_points(panel, dividers, [STRONG if i in front else WEAK for i in range(len(panel.points))])
+    scale_axis(panels[0].axes.yaxis, [y for panel in panels for y in panel.ys], zero=False)
+    panels[0].axes.set_ylabel(_quality_axis(frame, column))
+    label = "Pareto front (its points dark)"
+    return _finish(figure, panels, [Line2D([], [], color=STRONG, linestyle=DASHED, linewidth=0.8, label=label)])
+
+
+@styled
+def speed_against_memory(frame: pd.DataFrame) -> Figure | None:
+    """``tables.tradeoff`` as points: images per second over the peak, a line through the dividers of each way to pass."""
+    drawn = _panels(frame, {step: f"{step}_images_per_second" for step in STEPS}, sharey=False)
+    if drawn is None:
+        return None
+    figure, panels = drawn
+    dividers = sorted(pd.concat([panel.lines for panel in panels])["patch_divider"].unique())
+    for panel in panels:
+        step = panel.axes.get_xlabel().split()[0]
+        for passes, dash in (("all", ":"), ("index", "-")):
+            own = panel.lines["patches_per_pass"].eq(passes) | panel.lines["patch_divider"].eq(1)
+            joined = [point for point, member in zip(panel.points, own, strict=True) if member]
+            if len(joined) > 1:
+                panel.axes.plot(*zip(*joined, strict=True), color="#b4b4b4", linestyle=dash, linewidth=0.8, zorder=1)
+                panel.joins.append(joined)
+        _draw_points(panel, dividers, [STRONG] * len(panel.points))
+        scale_axis(panel.axes.yaxis, panel.ys, zero=True)
+        panel.axes.set_ylabel(f"{step} speed (images/s)")
+    return _finish(figure, panels, [])
+
+
+@styled
+def peak_by_category(frame: pd.DataFrame) -> Figure | None:
+    """``tables.split`` as stacked bars per divider, the ways to pass side by side, training and sampling in two panels. A
+    diamond marks what CUDA's allocator measured over the same step."""
+    drawn = {s: frame[frame["step"] == s] for s in STEPS if (frame["step"] == s).any()}
+    if not drawn:
+        return None
+    figure = new_figure(FULL_WIDTH if len(drawn) > 1 else COLUMN_WIDTH, 3.0)
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    shown = [name for name in CATEGORIES if (frame[f"{name}_bytes"] > 0).any()]
+    for axes, (short, lines) in zip(panels, drawn.items(), strict=True):
+        unit, size = shared_unit([*lines["peak_live_bytes"], *lines["measured_peak_bytes"]])
+        places, middles = _bar_places(list(lines["patch_divider"]))
+        below = pd.Series(0.0, index=lines.index)
+        for name in shown:
+            colour, hatch = FILLS[name]
+            heights = lines[f"{name}_bytes"].fillna(0) / size
+            axes.bar(places, heights, 0.8, bottom=below, color=colour, hatch=hatch, edgecolor=_ink(name), linewidth=0.3)
+            below += heights
+        tops = pd.concat([below, lines["measured_peak_bytes"] / size], axis=1).max(axis=1)
+        axes.plot(places, lines["measured_peak_bytes"] / size, "D", color="black", markerfacecolor="white", markersize=3)
+        lift = 4.0 if lines["measured_peak_bytes"].notna().any() else 2.0  # clear of the diamond
+        for place, top, total in zip(places, tops, lines["peak_live_bytes"], strict=True):
+            number = _short(total, unit, size)
+            axes.annotate(number, (place, top), (0, lift), textcoords="offset points", ha="center", fontsize=6)
+        axes.set_ylim(0, tops.max() * 1.1)
+        axes.set_xlim(min(places) - 0.8, max(places) + 0.8)
+        crowded = len(places) > 8
+        axes.set_xticks(places, list(lines["patches_per_pass"]), fontsize=6, rotation=90 if crowded else 0)
+        axes.tick_params(axis="x", length=0, pad=1.5)
+        axes.grid(False, axis="x")
+        under = axes.secondary_xaxis(location=0)
+        under.set_xticks(list(middles.values()), [f"d = {d:.0f}" for d in middles])
+        under.tick_params(axis="x", length=0, pad=26 if crowded else 11)
+        under.spines["bottom"].set_visible(False)
+        axes.set_ylabel(f"{STEP_NAMES[short]} peak, live tensor bytes ({unit})")
+    handles: list[Any] = []
+    for name in shown:
+        colour, hatch = FILLS[name]
+        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor=_ink(name), linewidth=0.3, label=CATEGORY_NAMES[name]))
+    if frame["measured_peak_bytes"].notna().any():
+        diamond: dict[str, Any] = {"linestyle": "none", "color": "black", "markerfacecolor": "white", "markersize": 3}
+        handles.append(Line2D([], [], marker="D", label=METERS["peak_allocated_bytes"], **diamond))
+    columns = len(handles) if len(drawn) > 1 else 3
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.0)
+    return figure
+
+
+def _ink(category: str) -> str:
+    """The colour of edges and hatches that shows on the category's fill."""
+    return "#ffffff" if category in ("parameter", "gradient", "optimizer", "ema") else "#333333"
+
+
+def _short(value: float, unit: str, size: int) -> str:
+    """Three digits at most, for over a bar."""
+    if value < 10 * size:
+        return in_unit(value, unit, size)
+    return f"{value / size:,.{1 if value < 100 * size else 0}f}"
+
+
+def _bar_places(dividers: Sequence[int]) -> tuple[list[float], dict[int, float]]:
+    """A place for each bar, those of a divider beside each other; and the middle of each divider's bars."""
+    places: list[float] = []
+    for i, divider in enumerate(dividers):
+        places.append(0.0 if i == 0 else places[-1] + (1.0 if divider == dividers[i - 1] else 1.6))
+    middles = {}
+    for divider in dict.fromkeys(dividers):
+        own = [place for place, d in zip(places, dividers, strict=True) if d == divider]
+        middles[divider] = sum(own) / len(own)
+    return places, middles
