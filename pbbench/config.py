@@ -141,7 +141,9 @@ class DataConfig(Section):
     source: str = "synthetic"
     """"synthetic" (built-in scenes), a folder of images (nested or not), or a zip of them."""
     num_images: Positive | None = None
-    """Use the first so many images (sorted by name); absent: all of them (of the synthetic ones, 10,000)."""
+    """Use so many images, a choice that the names alone decide; absent: all of them (of the synthetic ones, 10,000)."""
+    num_held_out: NonNegative = 256
+    """Images kept out of training for the held-out denoising loss; at most a tenth of the set."""
     horizontal_flip: bool = True
     """Flip each training image left to right with probability one half."""
     num_workers: NonNegative = 2
@@ -286,17 +288,24 @@ def parse_experiment(values: dict[str, Any], origin: str) -> Experiment:
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{origin}: {'; '.join(_problem(e) for e in error.errors()[:4])}") from None
+        found = error.errors()
+        innermost = [e for e in found if not any(o is not e and o["loc"][: len(e["loc"])] == e["loc"] for o in found)]
+        raise InputError(f"{origin}: {'; '.join(_problem(e) for e in innermost[:4])}") from None
 
 
 def _problem(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"] if not (isinstance(part, str) and ("[" in part or part in ("int", "str"))))
+    where = ".".join(
+        str(part) for part in error["loc"] if not (isinstance(part, str) and ("[" in part or part in ("int", "str")))
+    )
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(where.rpartition(".")[2], [k.rpartition(".")[2] for k in known_keys()], n=1)
         full = [k for k in known_keys() if close and k.rpartition(".")[2] == close[0]]
-        return f"unknown key {where}" + (f"; did you mean {full[0]}?" if full else f"; known are {', '.join(known_keys())}")
+        section = [k for k in known_keys() if k.startswith(where.rpartition(".")[0] + ".")] or list(Experiment.model_fields)
+        return f"unknown key {where}; " + (f"did you mean {full[0]}?" if full else f"known are {', '.join(section)}")
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    given = "" if isinstance(error["input"], dict | BaseModel) or repr(error["input"]) in message else f" (got {error['input']!r})"
+    given = (
+        "" if isinstance(error["input"], dict | BaseModel) or repr(error["input"]) in message else f" (got {error['input']!r})"
+    )
     return f"{where}: {message}{given}" if where else f"{message}{given}"
 
 

@@ -78,6 +78,10 @@ class Row(BaseModel):
     kernel_inception_distance_mean: float | None = None
     random_features_frechet_distance: float | None = None
     """Frechet distance of a fixed-seed random convolutional extractor: not FID and not comparable with it."""
+    few_images_inception_frechet_distance: float | None = None
+    """As FID, from no more images than the extractor has features: biased upward, so not FID."""
+    unverified_inception_frechet_distance: float | None = None
+    """As FID, with a weights file that is not the published one: not FID."""
     extractor: str | None = None
     precision: float | None = None
     recall: float | None = None
@@ -164,7 +168,9 @@ def read_cell(path: Path) -> CellResult:
             raise InputError(f"{path} has schema version {version}; this pbbench reads up to {SCHEMA_VERSION}: update pbbench")
         return CellResult.model_validate(data)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
-        raise InputError(f"{path} is not a cell's result ({one_line(error)[:160]}); move it away and resume the sweep") from None
+        raise InputError(
+            f"{path} is not a cell's result ({one_line(error)[:160]}); move it away and resume the sweep"
+        ) from None
 
 
 def read_cells(run: Path) -> list[CellResult]:

@@ -1,0 +1,325 @@
+"""The command line: parse, call one function, print. Heavy imports happen inside the command that needs them.
+
+Results go to stdout (``--json``: JSON and nothing else), progress and notes to stderr. Exit codes: 0 done; 1 done, but
+something in it failed; 2 bad input; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pbbench import __version__
+from pbbench.config import PatchBatchSize, load_experiment, parse_override
+from pbbench.errors import InputError
+from pbbench.options import ManyValues, run_app, whole_numbers
+
+app = typer.Typer(
+    name="pbbench",
+    help="What patch-wise diffusion costs and saves: memory, speed and image quality per patch divider.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Dividers = Annotated[
+    list[str] | None, typer.Option("--dividers", metavar="D...", help="Patch dividers d: the image becomes d × d patches.")
+]
+PatchBatch = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--patch-batch-size", metavar="P...", help="Patches per pass: a number, index (one patch index at a time), all."
+    ),
+]
+BatchSizes = Annotated[list[str] | None, typer.Option("--batch-size", metavar="N...", help="Images per batch.")]
+ExperimentFile = Annotated[Path | None, typer.Option("--experiment", metavar="FILE", help="Experiment file (TOML).")]
+Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="A file of experiments/, by name.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set section.key=value over the experiment.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to run.  [default: the experiment's; auto]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pbbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def _overrides(settings: list[str] | None, **sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """--set, then the options that have names of their own (those that were given)."""
+    named = {name: {k: v for k, v in section.items() if v not in (None, [])} for name, section in sections.items()}
+    return [
+        *(parse_override(text) for text in settings or ()),
+        *({name: section} for name, section in named.items() if section),
+    ]
+
+
+def _patch_batch_sizes(values: list[str] | None) -> list[PatchBatchSize]:
+    """ "index", "all" and numbers stay; anything else is refused when the experiment is checked."""
+    return [int(v) if v.isdecimal() else v for v in values or ()]  # type: ignore[misc]
+
+
+def _axes(dividers: list[str] | None, patches: list[str] | None, batches: list[str] | None) -> dict[str, Any]:
+    return {
+        "dividers": whole_numbers("--dividers", dividers),
+        "patch_batch_sizes": _patch_batch_sizes(patches),
+        "batch_sizes": whole_numbers("--batch-size", batches),
+    }
+
+
+def _divider_section(dividers: list[int]) -> dict[str, Any]:
+    """A sweep's experiment is checked at its first divider; ``sweep.grid.plan`` checks the others."""
+    return {"patch_divider": dividers[0]} if dividers else {}
+
+
+@app.command(cls=ManyValues)
+def sweep(
+    dividers: Dividers = None,
+    patch_batch_size: PatchBatch = None,
+    batch_size: BatchSizes = None,
+    experiment: ExperimentFile = None,
+    preset: Preset = None,
+    set_: Settings = None,
+    device: Device = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run's folder.  [default: results/sweep-NAME-TIME]")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted sweep (the newest, or --out).")] = False,
+    any_environment: Annotated[
+        bool, typer.Option("--any-environment", help="Resume also on another machine or version.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells with their predicted peaks, and nothing more.")
+    ] = False,
+    memory_only: Annotated[bool, typer.Option("--memory-only", help="Memory and speed only: no training, no scores.")] = False,
+) -> None:
+    """Measure memory, speed and quality of each patch divider, and write the report."""
+    from rich.console import Console
+
+    from pbbench.environment import probe
+    from pbbench.report import terminal_table
+    from pbbench.sweep.grid import plan
+    from pbbench.sweep.live import LiveView
+    from pbbench.sweep.run import run_sweep
+
+    axes = _axes(dividers, patch_batch_size, batch_size)
+    overrides = _overrides(
+        set_, sweep={**axes, "quality": False if memory_only else None}, model=_divider_section(axes["dividers"])
+    )
+    if resume and out is None:
+        out = _newest_run()
+    if resume and out and (out / "experiment.toml").exists() and not (overrides or experiment or preset):
+        experiment = out / "experiment.toml"
+    found: str | None = None
+    if experiment is None and preset is None:
+        found = str(probe(device or "auto")["device"])
+        preset = {"cpu": "cpu", "cuda": "gpu"}[found]
+    settings = load_experiment(experiment, preset, overrides)
+    found = found or str(probe(device or settings.device)["device"])
+    settings = settings.model_copy(update={"device": found})
+    cells = plan(settings)
+    console = Console(stderr=True)
+    if dry_run:
+        from pbbench.sweep.forecast import forecast_table
+
+        Console().print(forecast_table(settings, cells))
+        return
+    out = out or Path("results") / f"sweep-{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    with LiveView(console) as view:
+        fine = run_sweep(settings, found, out, resume=resume, any_environment=any_environment, listener=view)
+    Console().print(terminal_table(out))
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if fine else 1)
+
+
+def _newest_run() -> Path:
+    runs = sorted(Path("results").glob("sweep-*/experiment.toml"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise InputError("--resume: there is no results/sweep-* folder here; name the run's folder with --out")
+    return runs[-1].parent
+
+
+@app.command(cls=ManyValues)
+def train(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Checkpoints, samples and logs go here.")],
+    divider: Annotated[
+        str | None, typer.Option("--divider", metavar="D", help="Patch divider.  [default: the experiment's]")
+    ] = None,
+    experiment: ExperimentFile = None,
+    preset: Preset = None,
+    set_: Settings = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+) -> None:
+    """Train one divider (alone, or under accelerate launch or torchrun)."""
+    divided = whole_numbers("--divider", [divider] if divider else None)
+    settings = load_experiment(experiment, preset, _overrides(set_, model=_divider_section(divided)))
+    from pbbench.environment import resolve_device
+    from pbbench.training.train import train as train_model
+
+    settings = settings.model_copy(update={"device": resolve_device(device or settings.device)})
+    result = train_model(settings, out, resume=resume, show_bar=True)
+    typer.echo(str(result.checkpoint))
+    raise typer.Exit(0 if result.status == "ok" else 1)
+
+
+@app.command(cls=ManyValues)
+def sample(
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="DIR", help="A checkpoint, or a training run's folder.")],
+    num_images: Annotated[str, typer.Option("--num-images", metavar="N", help="Images to draw.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="An empty or new folder for the PNG files.")],
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", metavar="ddpm|ddim|dpm++", help="[default: the experiment's]")
+    ] = None,
+    steps: Annotated[str | None, typer.Option("--steps", metavar="N", help="Network calls per image.")] = None,
+    seed: Annotated[str | None, typer.Option("--seed", metavar="N", help="Noise comes from (seed, image index, step).")] = None,
+    set_: Settings = None,
+    device: Device = None,
+) -> None:
+    """Draw images from a checkpoint's averaged weights."""
+    from pbbench.environment import resolve_device
+    from pbbench.training.generate import sample_to_folder
+
+    count = whole_numbers("--num-images", [num_images])[0]
+    sampling = {
+        "sampler": sampler,
+        "num_inference_steps": next(iter(whole_numbers("--steps", [steps] if steps else None)), None),
+        "seed": seed,
+    }
+    overrides = _overrides(set_, sampling=sampling)
+    written = sample_to_folder(checkpoint, count, out, overrides, resolve_device(device or "auto"))
+    typer.echo(str(written))
+
+
+@app.command(cls=ManyValues)
+def fid(
+    samples: Annotated[str, typer.Option("--samples", metavar="PATH", help="Folder, zip, checkpoint folder, or synthetic.")],
+    reference: Annotated[
+        str, typer.Option("--reference", metavar="PATH", help="Folder, zip, checkpoint folder, or synthetic.")
+    ],
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metrics", metavar="fid|kid|prc...", help="[default: fid kid prc]")
+    ] = None,
+    inception_weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--inception-weights",
+            metavar="FILE",
+            envvar="PBBENCH_INCEPTION_WEIGHTS",
+            help="torch-fidelity's Inception weights.",
+        ),
+    ] = None,
+    num_images: Annotated[
+        str | None,
+        typer.Option("--num-images", metavar="N", help="Images of a checkpoint or of synthetic; of the others at most."),
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            "--image-size",
+            metavar="S",
+            help="Size that images are brought to.  [default: the checkpoint's, else the first image's]",
+        ),
+    ] = None,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """FID, KID, precision and recall between two sets of images."""
+    from pbbench.environment import resolve_device
+    from pbbench.sweep.score_sets import METRICS, score_sets
+
+    count, size = (
+        whole_numbers("--num-images", [num_images] if num_images else None),
+        whole_numbers("--image-size", [image_size] if image_size else None),
+    )
+    scores = score_sets(
+        samples,
+        reference,
+        metrics=metrics or METRICS,
+        weights=str(inception_weights) if inception_weights else None,
+        num_images=count[0] if count else None,
+        image_size=size[0] if size else None,
+        device=resolve_device(device or "auto"),
+    )
+    if json_:
+        typer.echo(json.dumps(scores, indent=1))
+        return
+    width = max(map(len, scores))
+    for name, value in scores.items():
+        typer.echo(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+
+
+@app.command(cls=ManyValues)
+def predict(
+    dividers: Dividers = None,
+    patch_batch_size: PatchBatch = None,
+    batch_size: BatchSizes = None,
+    experiment: ExperimentFile = None,
+    preset: Preset = None,
+    set_: Settings = None,
+    json_: Json = False,
+) -> None:
+    """Peaks of live tensor bytes of a CUDA run, predicted without a GPU (default: the paper's network)."""
+    from rich.console import Console
+
+    from pbbench.sweep.forecast import forecast, forecast_table
+    from pbbench.sweep.grid import plan
+
+    axes = _axes(dividers, patch_batch_size, batch_size)
+    preset = preset or (None if experiment else "gpu")
+    overrides = _overrides(set_, sweep={**axes, "quality": False}, model=_divider_section(axes["dividers"]))
+    settings = load_experiment(experiment, preset, overrides)
+    cells = plan(settings)
+    if json_:
+        typer.echo(json.dumps([forecast(settings, cell).as_dict() for cell in cells], indent=1))
+    else:
+        Console().print(forecast_table(settings, cells))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's folder.")]) -> None:
+    """Write a run's report again: tables, figures, HTML, LaTeX."""
+    from rich.console import Console
+
+    from pbbench.report import terminal_table, write_report
+
+    write_report(run)
+    Console().print(terminal_table(run))
+    typer.echo(f"report: {run / 'report.html'}", err=True)
+
+
+@app.command()
+def convert(
+    config: Annotated[Path, typer.Option("--config", metavar="C.json", help="The reference's configuration.")],
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE", help="The reference's model-last.pt.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new checkpoint folder.")],
+) -> None:
+    """Turn a checkpoint of the reference code into one of pbbench."""
+    from pbbench.training.convert import convert_reference
+
+    typer.echo(str(convert_reference(config, checkpoint, out)))
+
+
+def main() -> None:
+    sys.exit(run_app(app))
+
+
+if __name__ == "__main__":
+    main()

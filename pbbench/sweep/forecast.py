@@ -1,0 +1,78 @@
+"""Peaks without a GPU: the sampling and the training step of a cell, run on fake tensors, with their live bytes counted.
+
+These are live tensor bytes (each storage rounded up to 512 bytes): what max_memory_allocated counts, less the buffers that
+CUDA's own kernels ask for. What the caching allocator reserves and what the driver's context takes is not in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pbbench.config import Experiment
+from pbbench.records import CATEGORIES, format_bytes
+from pbbench.sweep.grid import Cell
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pbbench.memory.tensors import LiveTrace
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The warm peaks of a cell's two steps."""
+
+    cell: Cell
+    sample_step: LiveTrace
+    train_step: LiveTrace
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON: bytes are integers; the categories of each step sum to its peak."""
+        steps = {"sample_step": self.sample_step, "train_step": self.train_step}
+        return {"meter": "live tensor bytes on fake tensors", "cell": self.cell.id, **self.cell.axes()} | {
+            name: {"peak_live_bytes": live.peak_bytes, **{f"{key}_bytes": live.by_category[key] for key in CATEGORIES}}
+            for name, live in steps.items()
+        }
+
+
+def forecast(experiment: Experiment, cell: Cell) -> Forecast:
+    """Trace a cell's steps on fake tensors: nothing is computed and no memory of any size is taken."""
+    import torch
+
+    from pbbench.memory.predict import predict
+    from pbbench.sweep.workload import sampling_workload, training_workload
+
+    resolved, device = experiment.with_divider(cell.patch_divider), torch.device("cpu")
+    return Forecast(
+        cell,
+        predict(lambda: sampling_workload(resolved, cell, device)),
+        predict(lambda: training_workload(resolved, cell, device)),
+    )
+
+
+def forecast_table(experiment: Experiment, cells: list[Cell]) -> Table:
+    """One line per cell; quality cells are listed with what they will do."""
+    from rich.table import Table
+
+    height, width = experiment.model.size
+    table = Table(
+        title=f"Predicted peaks of live tensor bytes: dim {experiment.model.dim}, {height} × {width}", title_justify="left"
+    )
+    for name in ("cell", "d", "patches a pass", "batch", "sample", "its activations", "train", "its activations"):
+        table.add_column(name, justify="left" if name == "cell" else "right")
+    for cell in cells:
+        start = [cell.id, str(cell.patch_divider), str(cell.patch_batch_size), str(cell.batch_size)]
+        if cell.kind == "quality":
+            table.add_row(
+                *start, f"trains {experiment.training.num_steps:,} steps, scores {experiment.quality.num_images:,} images"
+            )
+            continue
+        found = forecast(experiment, cell)
+        for live in (found.sample_step, found.train_step):
+            start += [format_bytes(live.peak_bytes), format_bytes(live.by_category["activation"])]
+        table.add_row(*start)
+    table.caption = (
+        "Live bytes: tensors only, each storage rounded up to 512 bytes; not the allocator's reserve, workspaces or context."
+    )
+    return table

@@ -1,0 +1,233 @@
+"""One cell, one fresh process: ``python -m pbbench.sweep.worker``, a job on stdin, JSON lines on stdout.
+
+The worker writes no results; it tells its parent what happened, line by line ({"event": "phase" | "row" | "progress" |
+"detail" | "error" | "done"}), so that whatever kills it, what it had measured is kept. When the parent dies, stdin closes and
+the worker leaves at once: no orphan goes on computing beside a resumed sweep.
+
+A measured workload: build (phase load) → cold step, metered → warm-up → warm steps, metered and timed → one traced step,
+untimed, which counts live bytes. Sampling comes first, in a clean process; training follows after everything is freed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from pbbench.config import Experiment, parse_experiment
+from pbbench.errors import InputError, one_line
+from pbbench.records import CATEGORIES, Row
+from pbbench.sweep.grid import Cell
+
+Emit = Callable[..., None]
+
+
+def base_row(experiment: Experiment, cell: Cell, device: str) -> dict[str, Any]:
+    """The columns that every row of a cell shares."""
+    model = experiment.model
+    return {
+        "cell": cell.id,
+        "repeat": cell.repeat,
+        "device": device,
+        "image_size": f"{model.size[0]}×{model.size[1]}",
+        "dim": model.dim,
+        "dim_mults": ",".join(map(str, model.dim_mults)),
+        "patch_divider": cell.patch_divider,
+        "patch_batch_size": cell.patch_batch_size,
+        "batch_size": cell.batch_size,
+        "gradient_accumulation_steps": experiment.training.gradient_accumulation_steps,
+        "mixed_precision": cell.mixed_precision,
+        "seed": experiment.seed,
+    }
+
+
+METERS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes", "peak_device_bytes", "peak_rss_bytes")
+
+
+def columns_of(reading: Any) -> dict[str, Any]:
+    """A meter's reading as columns of a row."""
+    return {**{name: getattr(reading, name) for name in METERS}, "reasons": dict(reading.reasons)}
+
+
+class NanLossError(Exception):
+    """Training's loss is no longer a number; the message says at which step."""
+
+
+def failure(error: BaseException, phase: str) -> tuple[str, dict[str, Any]]:
+    """(status, what happened) of an exception."""
+    from pbbench.memory.cuda import describe_out_of_memory
+
+    told = {"phase": phase, "type": type(error).__name__, "message": one_line(error)[:600]}
+    if isinstance(error, NanLossError):
+        return "nan_loss", told
+    memory = describe_out_of_memory(error)
+    if memory is not None:
+        return "out_of_memory", told | memory
+    return "crashed", told | {"traceback": traceback.format_exc(limit=-6)}
+
+
+def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) -> None:
+    """Measure a sampling step, then a training step; a failure of one is a row and does not stop the other."""
+    import torch
+
+    from pbbench.memory.meter import Meter
+    from pbbench.sweep import workload
+
+    device = torch.device(device_name)
+    common = base_row(experiment, cell, device_name)
+    builders = {"sample_step": workload.sampling_workload, "train_step": workload.training_workload}
+    with Meter(device) as meter:
+        for phase, build in builders.items():
+            emit("phase", phase="load")
+            current, work = "load", None
+            try:
+                with meter.phase("load") as reading:
+                    work = build(experiment, cell, device)
+                if phase == "sample_step":
+                    emit("row", row={**common, "phase": "load", "temperature": "cold", **columns_of(reading)})
+                current = phase
+                emit("phase", phase=phase)
+                _measure_step(experiment, work, phase, meter, common, emit)
+            except Exception as error:
+                if isinstance(error, InputError):
+                    raise
+                status, told = failure(error, current)
+                emit("row", row={**common, "status": status, "phase": phase, **_unmeasured(status, told)})
+                emit("error", status=status, error=told)
+            del work
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _unmeasured(status: str, told: dict[str, Any]) -> dict[str, Any]:
+    why = f"{status}: {told['message'][:200]}"
+    measured = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_live_bytes", "seconds_per_step", "images_per_second")
+    return {"reasons": dict.fromkeys(measured, why)}
+
+
+def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, common: dict[str, Any], emit: Emit) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sweep = experiment.sweep
+    with meter.phase(phase) as cold:
+        work.run()
+    for _ in range(sweep.warmup_steps - 1):
+        work.run()
+    synchronize = torch.cuda.synchronize if meter.device.type == "cuda" else lambda: None
+    times: list[float] = []
+    with meter.phase(phase) as warm:
+        for _ in range(sweep.measured_steps):
+            synchronize()
+            start = time.perf_counter()
+            work.run()
+            synchronize()
+            times.append(time.perf_counter() - start)
+    flops = FlopCounterMode(display=False)
+    with flops:
+        live = work.trace()
+    seconds = statistics.median(times)
+    untraced = "live tensors are counted on a warm step"
+    emit(
+        "row",
+        row={
+            **common,
+            "phase": phase,
+            "temperature": "cold",
+            "seconds_per_step": cold.seconds,
+            "images_per_second": work.images / cold.seconds,
+            **_with_reason(columns_of(cold), "peak_live_bytes", untraced),
+        },
+    )
+    emit(
+        "row",
+        row={
+            **common,
+            "phase": phase,
+            "temperature": "warm",
+            "seconds_per_step": seconds,
+            "images_per_second": work.images / seconds,
+            "flops_per_image": flops.get_total_flops() // work.images,
+            "peak_live_bytes": live.peak_bytes,
+            **{f"{name}_bytes": live.by_category[name] for name in CATEGORIES},
+            **_with_reason(columns_of(warm), "predicted_allocated_bytes", "pbbench predict gives it"),
+        },
+    )
+    inner = "only live tensors are counted within a step; the meters read whole steps"
+    for name, peak in live.phases.items():
+        columns = {"peak_live_bytes": peak.peak_bytes, **{f"{key}_bytes": peak.by_category[key] for key in CATEGORIES}}
+        reasons = dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes", "seconds_per_step"), inner)
+        emit("row", row={**common, "phase": name, "temperature": "warm", **columns, "reasons": reasons})
+    at_peak = {"operator": live.peak_operator, "module": live.peak_module}
+    emit(
+        "detail",
+        by_module={phase: live.by_module[:12]},
+        at_peak={phase: at_peak},
+        step_seconds={phase: times},
+        ledger={phase: warm.ledger},
+    )
+
+
+def _with_reason(columns: dict[str, Any], name: str, why: str) -> dict[str, Any]:
+    return {**columns, "reasons": {**columns.get("reasons", {}), name: why}}
+
+
+def run_job(job: dict[str, Any], emit: Emit) -> None:
+    """Do one cell and say how it went. A mistake of the user's is told like a crash, by its one line."""
+    experiment = parse_experiment(job["experiment"], "the job")
+    cell = Cell(**job["cell"])
+    try:
+        if cell.kind == "measure":
+            measure(experiment, cell, job["device"], emit)
+        else:
+            from pbbench.sweep.score import train_and_score
+
+            train_and_score(experiment, cell, job["device"], Path(job["run"]), emit)
+    except Exception as error:
+        phase = "quality" if cell.kind == "quality" else "load"
+        status, told = failure(error, phase)
+        row = {**base_row(experiment, cell, job["device"]), "status": status, "phase": phase, **_unmeasured(status, told)}
+        emit("row", row=row)
+        emit("error", status=status, error=told)
+    emit("done")
+
+
+def _leave_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _emitter(stream: TextIO) -> Emit:
+    lock = threading.Lock()
+
+    def emit(event: str, **values: Any) -> None:
+        if event == "row":
+            values["row"] = Row.model_validate(values["row"]).model_dump(mode="python")
+        with lock:
+            stream.write(json.dumps({"event": event, **values}) + "\n")
+            stream.flush()
+
+    return emit
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.readline())
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints goes to the log, not between the events
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    run_job(job, _emitter(channel))
+    channel.flush()
+    os._exit(0)  # skip interpreter teardown: a GPU library's exit handlers must not turn a finished cell into a crash
+
+
+if __name__ == "__main__":
+    main()

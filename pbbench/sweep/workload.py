@@ -1,0 +1,87 @@
+"""The two steps a sweep measures and a prediction traces: one place builds them, so that both see the same work.
+
+``train_step`` and ``sample_step`` are the very functions that training and sampling run; here they only get their arguments.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pbbench.config import Experiment
+from pbbench.memory.predict import Step
+from pbbench.model.diffusion import Diffusion
+from pbbench.model.sampling import autocast, sample_step
+from pbbench.model.unet import PatchUNet
+from pbbench.sweep.grid import Cell
+
+
+@dataclass
+class Workload(Step):
+    """A step to run again and again, what exists before it, and how many images one run of it handles."""
+
+    images: int = 1
+
+
+def build_model(experiment: Experiment, device: torch.device) -> PatchUNet:
+    """The network of ``experiment.model``, made where it stays (fake tensors cannot be moved). Its weights are random."""
+    with device:
+        return PatchUNet(experiment.model)
+
+
+def _images(experiment: Experiment, cell: Cell, device: torch.device) -> Tensor:
+    height, width = experiment.model.size
+    return torch.rand(cell.batch_size, experiment.model.channels, height, width, device=device) * 2 - 1  # N, C, H, W
+
+
+def sampling_workload(experiment: Experiment, cell: Cell, device: torch.device) -> Workload:
+    """One denoising step of ``cell.batch_size`` images at t = T/2, with the noise it adds."""
+    model = build_model(experiment, device).eval().requires_grad_(False)
+    diffusion = Diffusion(experiment.diffusion, device)
+    x_t, noise = _images(experiment, cell, device), _images(experiment, cell, device)
+    t = torch.full((cell.batch_size,), experiment.diffusion.num_train_timesteps // 2, device=device)
+
+    def step() -> None:
+        with torch.no_grad(), autocast(device, cell.mixed_precision):
+            sample_step(model, diffusion, x_t, t, noise, cell.patch_batch_size)
+
+    return Workload(step, model, inputs=(x_t, t, noise), images=cell.batch_size)
+
+
+def training_workload(experiment: Experiment, cell: Cell, device: torch.device) -> Workload:
+    """One optimizer step: every micro-batch, the update, and the average of the weights held beside it."""
+    from pbbench.training.train import build_accelerator, build_optimizer, train_step
+
+    section = experiment.training.model_copy(update={"mixed_precision": cell.mixed_precision, "trackers": ()})
+    experiment = experiment.model_copy(update={"training": section})
+    accelerator = build_accelerator(experiment, device.type)
+    bare = build_model(experiment, device)
+    ema = build_model(experiment, device).requires_grad_(False)
+    model = accelerator.prepare_model(bare, device_placement=False)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(bare, experiment.training), device_placement=False)
+    diffusion = Diffusion(experiment.diffusion, device)
+    x_start, noise = _images(experiment, cell, device), _images(experiment, cell, device)
+    t = torch.randint(0, experiment.diffusion.num_train_timesteps, (cell.batch_size,), device=device)
+    section = experiment.training
+
+    def step() -> None:
+        for _ in range(section.gradient_accumulation_steps):
+            with accelerator.accumulate(model) if section.gradient_accumulation_steps > 1 else nullcontext():
+                train_step(
+                    model,
+                    x_start,
+                    t,
+                    noise,
+                    diffusion=diffusion,
+                    optimizer=optimizer,
+                    accelerator=accelerator,
+                    patch_batch_size=cell.patch_batch_size,
+                    max_grad_norm=section.max_grad_norm,
+                )
+
+    images = cell.batch_size * section.gradient_accumulation_steps
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return Workload(step, bare, inner, inputs=(x_start, t, noise), ema=ema, images=images)
