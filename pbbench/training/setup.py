@@ -40,6 +40,7 @@ def build_accelerator(experiment: Experiment, device: str | torch.device = "auto
     # accelerate keeps its state per process; an earlier training may have had another precision or device.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(
+        device_placement=False,  # the caller places its model; moving one again fails on fake tensors
         cpu=kind == "cpu",
         mixed_precision=section.mixed_precision,
         # As a plugin, because the environment of accelerate launch overrides the plain argument.

@@ -28,9 +28,10 @@ from pbbench.model.patching import row_chunks, split
 from pbbench.model.unet import PatchUNet
 from pbbench.records import write_text
 from pbbench.training import checkpoint as checkpoints
-from pbbench.training.data import ImageSet, open_images, to_x_start
+from pbbench.training.data import ImageSet, to_x_start
 from pbbench.training.ema import ExponentialMovingAverage
 from pbbench.training.grid import save_sample_grid
+from pbbench.training.heldout import training_and_held_out
 from pbbench.training.loader import training_loader
 from pbbench.training.progress import Progress, StopSignals
 from pbbench.training.setup import build_accelerator, build_optimizer, check_folder, draw_noise
@@ -231,7 +232,7 @@ def _train(
 ) -> TrainingResult:  # fmt: skip
     section = experiment.training
     resumed = check_folder(out, experiment, resume)
-    images = open_images(experiment.data.source, experiment.model.size, experiment.data.num_images, experiment.seed)
+    images, _ = training_and_held_out(experiment)
     run = _start(experiment, out, accelerator, images)
     if resumed is not None:
         run.restore(resumed)
