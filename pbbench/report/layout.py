@@ -57,7 +57,7 @@ def _rate_column(header: tuple[str, ...], frame: pd.DataFrame, name: str, rank: 
     return Column((*header, "images/s"), texts, rank=rank, title=f"{header[0]} (images/s)")
 
 
-def _settings(frame: pd.DataFrame) -> list[Column]:
+def settings_columns(frame: pd.DataFrame) -> list[Column]:
     """The columns that name a configuration; batch size and precision only where they vary."""
     columns = [
         Column(("d",), [whole(v) for v in frame["patch_divider"]]),
@@ -102,7 +102,7 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
     frame = tables.tradeoff(cells)
     meter = tables.METERS[frame.attrs["memory_column"]]
     unit = byte_unit(v for short in tables.STEPS for v in frame[f"{short}_peak_bytes"])
-    columns = _settings(frame)
+    columns = settings_columns(frame)
     for short in tables.STEPS:
         columns.append(_bytes_column((short, "peak"), frame, f"{short}_peak_bytes", unit))
         if frame[f"{short}_peak_change"].notna().any():
@@ -140,7 +140,7 @@ def split_sheet(cells: Sequence[CellResult], step: str) -> Sheet | None:
         return None
     shown = [n for n in CATEGORIES if n not in ("gradient", "optimizer", "ema") or (frame[f"{n}_bytes"] > 0).any()]
     unit = byte_unit(frame["peak_live_bytes"])
-    columns = _settings(frame) + [_bytes_column((CATEGORY_NAMES[n],), frame, f"{n}_bytes", unit) for n in shown]
+    columns = settings_columns(frame) + [_bytes_column((CATEGORY_NAMES[n],), frame, f"{n}_bytes", unit) for n in shown]
     columns.append(_bytes_column(("sum", "(live)"), frame, "peak_live_bytes", unit))
     if frame["measured_peak_bytes"].notna().any():
         columns.append(_bytes_column(("torch.cuda", "allocated"), frame, "measured_peak_bytes", unit))
@@ -156,7 +156,7 @@ def meters_sheet(cells: Sequence[CellResult]) -> Sheet | None:
         return None
     read = [name for name in tables.METERS if name in frame]
     unit = byte_unit(v for name in read for v in frame[name])
-    columns = _settings(frame)
+    columns = settings_columns(frame)
     columns.append(Column(("phase",), [v.replace("_", " ") for v in frame["phase"]], numeric=False))
     columns.append(Column(("cold or", "warm"), list(frame["temperature"]), numeric=False))
     columns += [_bytes_column((tables.METERS[name],), frame, name, unit) for name in read]

@@ -118,15 +118,20 @@ def to_rich(sheet: Sheet, width: int | None = None) -> Table:
     return table
 
 
+def markdown_escape(text: str) -> str:
+    """Text that Markdown prints as it stands, in a table's cell too."""
+    return "".join({"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(c) or (f"\\{c}" if c in "\\|`*[]_" else c) for c in text)
+
+
 def to_markdown(sheet: Sheet) -> str:
     """A pipe table with its notes underneath."""
 
     def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
-    rule = "| " + " | ".join("---:" if column.numeric else "---" for column in sheet.columns) + " |"
-    lines = [line(column.title for column in sheet.columns), rule, *(line(row) for row in sheet.rows)]
-    return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in sheet.notes)
+    rule = line("---:" if column.numeric else "---" for column in sheet.columns)
+    rows = [line(map(markdown_escape, cells)) for cells in ([column.title for column in sheet.columns], *sheet.rows)]
+    return "\n".join([rows[0], rule, *rows[1:]]) + "\n" + "".join(f"\n{markdown_escape(note)}\n" for note in sheet.notes)
 
 
 _LATEX = {

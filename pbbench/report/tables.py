@@ -104,7 +104,7 @@ def step_values(cells: Iterable[CellResult], phase: str, column: str, temperatur
     return finite(getattr(r, column) for r in rows)
 
 
-def _median(values: Sequence[float]) -> float:
+def median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else math.nan
 
 
@@ -124,7 +124,7 @@ def quality(cells: Iterable[CellResult]) -> dict[int, dict[str, float]]:
             for name, value in values.items():
                 if finite([value]):
                     found.setdefault(divider, {}).setdefault(name, []).append(value)
-    return {d: {name: _median(values) for name, values in named.items()} for d, named in found.items()}
+    return {d: {name: median(values) for name, values in named.items()} for d, named in found.items()}
 
 
 def distance_column(frame: pd.DataFrame) -> str | None:
@@ -172,13 +172,13 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
             figures = {"peak_bytes": column, "activation_bytes": "activation_bytes", "images_per_second": "images_per_second"}
             for name, source in figures.items():
                 values = step_values(members, phase, source)
-                line[f"{short}_{name}"] = _median(values)
+                line[f"{short}_{name}"] = median(values)
                 if repeated and name != "activation_bytes":
                     line |= {f"{short}_{name}_min": min(values, default=math.nan)}
                     line |= {f"{short}_{name}_max": max(values, default=math.nan)}
-            measured, predicted = (_median(step_values(members, phase, f"{k}_allocated_bytes")) for k in ("peak", "predicted"))
+            measured, predicted = (median(step_values(members, phase, f"{k}_allocated_bytes")) for k in ("peak", "predicted"))
             line[f"{short}_prediction_error"] = predicted / measured - 1 if measured else math.nan
-        line |= {name: scores.get(d or 0, {}).get(name, math.nan) for name in _quality_names(scores)}
+        line |= {name: scores.get(d or 0, {}).get(name, math.nan) for name in quality_names(scores)}
         failed = [f"quality: {_status([judged[d]])}"] if d in judged and judged[d].status != "ok" else []
         own = _status(members)
         line["status"] = "; ".join(([own] if own != "ok" or not failed else []) + failed)
@@ -191,7 +191,7 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     return frame
 
 
-def _quality_names(scores: dict[int, dict[str, float]]) -> list[str]:
+def quality_names(scores: dict[int, dict[str, float]]) -> list[str]:
     present = {name for named in scores.values() for name in named}
     return [n for n in QUALITY if n in present] + sorted(present - set(QUALITY))
 
@@ -217,8 +217,8 @@ def split(cells: Iterable[CellResult]) -> pd.DataFrame:
     lines = []
     for settings, members in configurations(cells):
         for short, phase in STEPS.items():
-            total = _median(step_values(members, phase, "peak_live_bytes"))
-            parts = {f"{name}_bytes": _median(step_values(members, phase, f"{name}_bytes")) for name in CATEGORIES}
+            total = median(step_values(members, phase, "peak_live_bytes"))
+            parts = {f"{name}_bytes": median(step_values(members, phase, f"{name}_bytes")) for name in CATEGORIES}
             if math.isnan(total) or math.isnan(parts["activation_bytes"]):
                 continue
             named = passes(settings["patch_batch_size"], settings["batch_size"], settings["patch_divider"])
@@ -232,7 +232,7 @@ def split(cells: Iterable[CellResult]) -> pd.DataFrame:
                     **parts,
                     "activation_share": share,
                 }
-                | {"measured_peak_bytes": _median(step_values(members, phase, "peak_allocated_bytes"))}
+                | {"measured_peak_bytes": median(step_values(members, phase, "peak_allocated_bytes"))}
             )
     columns = ["step", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size", "patches_per_pass"]
     parts_columns = [f"{name}_bytes" for name in CATEGORIES]
@@ -245,9 +245,26 @@ def meters(cells: Iterable[CellResult]) -> pd.DataFrame:
     for settings, members in configurations(cells):
         for phase in STEPS.values():
             for temperature in ("cold", "warm"):
-                readings = {name: _median(step_values(members, phase, name, temperature)) for name in METERS}
+                readings = {name: median(step_values(members, phase, name, temperature)) for name in METERS}
                 if finite(readings.values()):
                     named = passes(settings["patch_batch_size"], settings["batch_size"], settings["patch_divider"])
                     lines.append({**settings, "patches_per_pass": named, "phase": phase, "temperature": temperature} | readings)
     frame = pd.DataFrame(lines)
     return frame.drop(columns=[c for c in METERS if c in frame and not frame[c].notna().any()])
+
+
+def predictions(cells: Iterable[CellResult]) -> pd.DataFrame:
+    """Predicted and measured allocator peaks of the warm steps, where something was predicted; ``*_error`` is the signed
+    fraction predicted / measured − 1, NaN where nothing was measured."""
+    lines = []
+    for settings, members in configurations(cells):
+        named = passes(settings["patch_batch_size"], settings["batch_size"], settings["patch_divider"])
+        for phase in STEPS.values():
+            line: dict[str, Any] = {**settings, "patches_per_pass": named, "phase": phase}
+            for kind in ("allocated", "reserved"):
+                both = [median(step_values(members, phase, f"{source}_{kind}_bytes")) for source in ("predicted", "peak")]
+                line |= {f"predicted_{kind}_bytes": both[0], f"peak_{kind}_bytes": both[1]}
+                line[f"{kind}_error"] = both[0] / both[1] - 1 if both[1] else math.nan
+            if not math.isnan(line["predicted_allocated_bytes"]) or not math.isnan(line["predicted_reserved_bytes"]):
+                lines.append(line)
+    return pd.DataFrame(lines)

@@ -1,0 +1,136 @@
+"""The report's smaller tables: quality, failures, what is missing, modules, and predictions; each None where it has no line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from pbbench.records import CellResult, format_bytes
+from pbbench.report import missing, tables
+from pbbench.report.layout import quality_label, settings_columns
+from pbbench.report.sheet import UNKNOWN, Column, Sheet, number, percent, whole
+
+
+def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
+    """Per divider every quality figure with the images behind it and the training it rests on; None where nothing was scored."""
+    scored = sorted((c for c in cells if c.kind == "quality"), key=lambda c: (tables.axis(c, "patch_divider") or 0, c.id))
+    if not scored:
+        return None
+    scores = tables.quality(cells)
+    columns = [Column(("d",), [whole(tables.axis(c, "patch_divider")) for c in scored])]
+    for name in tables.quality_names(scores):
+        if name not in ("num_images", "images_seen"):
+            texts = [number(scores.get(tables.axis(c, "patch_divider") or 0, {}).get(name)) for c in scored]
+            columns.append(Column((quality_label(name),), texts))
+    rows = [next((r for r in c.rows if r.phase == "quality"), None) for c in scored]
+    columns.append(Column(("images scored",), [whole(r.num_images if r else None) for r in rows]))
+    columns.append(Column(("reference images",), [_count(c.details.get("num_reference_images")) for c in scored]))
+    columns.append(Column(("training images seen",), [whole(r.images_seen if r else None) for r in rows]))
+    samplers = [f"{r.sampler}, {whole(r.num_inference_steps)} steps" if r and r.sampler else UNKNOWN for r in rows]
+    columns.append(Column(("sampler",), samplers, numeric=False))
+    for name, header in (("train_seconds", "training (s)"), ("score_seconds", "sampling and scoring (s)")):
+        if any(c.details.get(name) is not None for c in scored):
+            columns.append(Column((header,), [number(c.details.get(name)) for c in scored]))
+    bands = [(c.details.get("held_out") or {}).get("bands") or [] for c in scored]
+    if any(bands):
+        columns.append(
+            Column(("held-out loss by band of timesteps, least noise first",), [_bands(b) for b in bands], numeric=False)
+        )
+    columns.append(Column(("status",), [c.status.replace("_", " ") for c in scored], numeric=False))
+    return Sheet("Quality of each divider", columns)
+
+
+def _count(value: Any) -> str:
+    return whole(value) if isinstance(value, int | float) else UNKNOWN
+
+
+def _bands(values: Any) -> str:
+    if isinstance(values, dict):
+        return ", ".join(f"{name}: {number(value)}" for name, value in values.items())
+    return ", ".join(number(value) for value in values) or UNKNOWN
+
+
+def failure_sheet(cells: Sequence[CellResult]) -> Sheet | None:
+    """Every cell that failed and why; None where none did."""
+    found = missing.failures(cells)
+    if not found:
+        return None
+    texts = {
+        "cell": [f["cell"] for f in found],
+        "status": [f["status"].replace("_", " ") for f in found],
+        "phase": [(f["phase"] or UNKNOWN).replace("_", " ") for f in found],
+        "cause": [f["cause"] for f in found],
+    }
+    columns = [Column((name,), values, numeric=False) for name, values in texts.items()]
+    if any(f["bytes"] for f in found):
+        columns += [
+            Column((k,), [format_bytes(f["bytes"].get(k)) for f in found])
+            for k in ("requested", "free", "allocated", "reserved")
+        ]
+    return Sheet("What failed", columns)
+
+
+def missing_sheet(cells: Sequence[CellResult]) -> Sheet | None:
+    """The columns that are null, by reason."""
+    found = missing.unmeasured(cells)
+    if not found:
+        return None
+    columns = [
+        Column(("columns",), [", ".join(g["columns"]) for g in found], numeric=False),
+        Column(("why",), [g["reason"] for g in found], numeric=False),
+        Column(("in",), [", ".join(p.replace("_", " ") for p in g["phases"]) or "all rows" for g in found], numeric=False),
+        Column(("rows",), [whole(g["rows"]) if g["rows"] else "all" for g in found]),
+    ]
+    return Sheet("What was not measured", columns)
+
+
+def module_sheet(cells: Sequence[CellResult], most: int = 6) -> Sheet | None:
+    """The modules that made most of the activations at the peak, for the whole image and for the lowest peak measured."""
+    lines: list[tuple[str, str, str, int]] = []
+    groups = [(s, m) for s, m in tables.configurations(cells) if any(c.details.get("by_module") for c in m)]
+    for step in ("train_step", "sample_step"):
+        ranked = [(p, s, m) for s, m in groups if not math.isnan(p := _peak(m, step))]
+        if not ranked:
+            continue
+        base = next((entry for entry in ranked if entry[1]["patch_divider"] == 1), ranked[0])
+        least = min(ranked, key=lambda entry: entry[0])
+        for _, named, members in [base] + ([least] if least is not base else []):
+            made = next((c.details["by_module"].get(step) for c in members if c.details.get("by_module")), None) or []
+            passes = tables.passes(named["patch_batch_size"], named["batch_size"], named["patch_divider"])
+            lines += [
+                (step.replace("_", " "), f"d = {named['patch_divider']}, {passes}", str(n), int(b)) for n, b in made[:most]
+            ]
+    if not lines:
+        return None
+    steps, configurations, names, counts = zip(*lines, strict=True)
+    columns = [Column(("step",), list(steps), False), Column(("configuration",), list(configurations), False)]
+    columns += [
+        Column(("module",), list(names), False),
+        Column(("activations at the peak",), [format_bytes(b) for b in counts]),
+    ]
+    return Sheet("Which modules made the activations", columns, ["The largest of each; the whole list stands in cells/."])
+
+
+def _peak(members: Sequence[CellResult], step: str) -> float:
+    return min(tables.step_values(members, step, "peak_live_bytes"), default=math.nan)
+
+
+def prediction_sheet(cells: Sequence[CellResult]) -> Sheet | None:
+    """Predicted against measured allocator peaks; None where nothing was predicted."""
+    frame = tables.predictions(cells)
+    if frame.empty:
+        return None
+    columns = settings_columns(frame)
+    columns.append(Column(("phase",), [p.replace("_", " ") for p in frame["phase"]], numeric=False))
+    for kind in ("allocated", "reserved"):
+        for source, header in ((f"predicted_{kind}_bytes", f"predicted {kind}"), (f"peak_{kind}_bytes", f"measured {kind}")):
+            columns.append(Column((header,), [_size(v) for v in frame[source]]))
+        columns.append(Column(("error",), [percent(v) for v in frame[f"{kind}_error"]], title=f"error of {kind}"))
+    return Sheet("Predicted against measured", columns, ["Error: predicted / measured − 1, warm steps."])
+
+
+def _size(value: float) -> str:
+    return format_bytes(None if pd.isna(value) else int(value))
