@@ -1,10 +1,11 @@
 """Image file ↔ x_start: the first of the six stops that one image makes through the program; and sets of such images.
 
-``open_images`` makes an ``ImageSet`` of a folder, a zip or the built-in scenes: a torch Dataset of uint8 (3, H, W), unflipped,
-in the order of the sorted names. A set that fits ``memory_limit_bytes`` once decoded is decoded on opening: every unreadable
-file is then known and named before anything starts, and reading costs nothing afterwards. A larger one is decoded as it
-is used: its files' headers are checked on opening, and a file that proves damaged later is recorded and replaced by the
-next readable one, so that a long training run neither ends nor changes its course because of it.
+``open_images`` makes an ``ImageSet`` of a folder, a zip or the built-in scenes: a torch Dataset of uint8 (3, H, W),
+unflipped, in an order that the names alone decide and that has nothing to do with what the images show. A set that fits
+``memory_limit_bytes`` once decoded is decoded on opening: every unreadable file is then known and named before anything
+starts, and reading costs nothing afterwards. A larger one is decoded as it is used: its files' headers are checked on
+opening, and a file that proves damaged later is recorded and replaced by the next readable one, so that a long training run
+neither ends nor changes its course because of it.
 
 How a file becomes pixels is in ``decode.py``, where files lie in ``sources.py``, what holds them in ``stores.py``, and the
 order in which training sees them in ``loader.py``.
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset
 from pbbench.errors import InputError
 from pbbench.training import decode as decoding
 from pbbench.training.loader import training_loader
-from pbbench.training.sources import open_source
+from pbbench.training.sources import open_source, printable
 from pbbench.training.stores import LazyStore, MemoryStore, SceneStore, Store, Unreadable
 
 __all__ = ["ImageSet", "load_image", "open_images", "to_x_start", "training_loader"]
@@ -75,7 +76,10 @@ class ImageSet(Dataset[torch.Tensor]):
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
         """Several images as one new uint8 (N, 3, H, W). Raises InputError where no image of the set can be read any more."""
-        return self._store.read(np.asarray(indices, np.int64), self._first, self._count)
+        numbers = np.asarray(indices, np.int64)
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"images {numbers.min()} to {numbers.max()} of {len(self)}")
+        return self._store.read(numbers, self._first, self._count)
 
     def subset(self, start: int, stop: int) -> ImageSet:
         """Images ``start`` … ``stop`` − 1, to keep held-out images apart. Raises InputError where there are not so many."""
@@ -114,9 +118,9 @@ def open_images(
 ) -> ImageSet:
     """The images of a folder, a zip, or "synthetic" at ``size`` (H, W).
 
-    The first ``num_images`` readable ones by name; all of them where there are fewer or None is given (of the scenes of
-    ``seed``, 10,000). Raises InputError where the source is absent, not permitted, broken, encrypted or without one readable
-    image."""
+    ``num_images`` of the readable ones, a choice that the names alone decide; all of them where there are fewer or None is
+    given (of the scenes of ``seed``, 10,000). Raises InputError where the source is absent, not permitted, broken, encrypted
+    or without one readable image."""
     if num_images is not None and num_images < 1:
         raise InputError(f"num_images is {num_images}; it must be a positive number")
     bytes_per_image = 3 * size[0] * size[1]
@@ -127,7 +131,7 @@ def open_images(
     wanted = min(len(files.entries), num_images or len(files.entries))
     store = (MemoryStore if wanted * bytes_per_image <= memory_limit_bytes else LazyStore)(files, size, wanted)
     if not len(store):
-        raise InputError(f"{source} holds no readable image (jpg, jpeg, png, webp){_examples(store.skipped)}")
+        raise InputError(f"{printable(source)} holds no readable image (jpg, jpeg, png, webp){_examples(store.skipped)}")
     return ImageSet(store)
 
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import itertools
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,9 +38,14 @@ class Order:
 
     def __init__(self, num_images: int, seed: int, flip: bool) -> None:
         self.num_images, self.seed, self.flip = num_images, seed, flip
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self._drawn: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}  # this epoch and the one before
 
-    def _draw_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        if epoch not in self._drawn:
+            self._drawn = {**dict(list(self._drawn.items())[-1:]), epoch: self._draw(epoch)}
+        return self._drawn[epoch]
+
+    def _draw(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(order, flips): flips[i] belongs to image i. Raw bits and a stable sort: the same with every version of NumPy."""
         bits = np.random.PCG64(np.random.SeedSequence((self.seed, epoch)))
         order = np.argsort(bits.random_raw(self.num_images), kind="stable")
@@ -111,15 +116,16 @@ def training_loader(
     return _checked(_by_workers(batches, first, experiment.data.num_workers, pin_memory), images)
 
 
-def _checked(prepared: Iterator[Prepared], images: ImageSet) -> Iterator[torch.Tensor]:
-    for batch, unreadable in prepared:
-        images.record(unreadable)
-        if batch is None:
-            raise InputError(f"no image of {images.description} can be read any more; is the disk still there?")
-        yield batch
+def _checked(prepared: Generator[Prepared, None, None], images: ImageSet) -> Iterator[torch.Tensor]:
+    with closing(prepared):
+        for batch, unreadable in prepared:
+            images.record(unreadable)
+            if batch is None:
+                raise InputError(f"no image of {images.description} can be read any more; is the disk still there?")
+            yield batch
 
 
-def _by_thread(batches: _Batches, first: int, pin_memory: bool) -> Iterator[Prepared]:
+def _by_thread(batches: _Batches, first: int, pin_memory: bool) -> Generator[Prepared, None, None]:
     def prepare(number: int) -> Prepared:
         batch, unreadable = batches[number]
         return batch.pin_memory() if pin_memory and batch is not None else batch, unreadable
@@ -132,7 +138,7 @@ def _by_thread(batches: _Batches, first: int, pin_memory: bool) -> Iterator[Prep
             yield prepared
 
 
-def _by_workers(batches: _Batches, first: int, workers: int, pin_memory: bool) -> Iterator[Prepared]:
+def _by_workers(batches: _Batches, first: int, workers: int, pin_memory: bool) -> Generator[Prepared, None, None]:
     yield from DataLoader(
         batches,
         batch_size=None,

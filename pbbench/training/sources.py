@@ -1,11 +1,14 @@
-"""Where image files lie: a folder (nested or not) or a zip, as a sorted list of entries that any process can open.
+"""Where image files lie: a folder (nested or not) or a zip, as a list of entries that any process can open.
 
-Names are relative and use "/"; their sorted order decides which image is number 0. Hidden files and folders, ``__MACOSX`` and
-files that are not images are passed over; an image file that cannot be read is left to the caller to name.
+Names are relative and use "/". The list is sorted by a hash of the name: sorted by the name itself, nested sets have one class
+after another; by its hash, the first n images, the last n or any n in a row are a fair choice, and the same one everywhere.
+Hidden files and folders, ``__MACOSX`` and files that are not images are passed over; an image file that cannot be read is
+left to the caller to name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import threading
@@ -32,6 +35,15 @@ class Entry:
     crc: int | None = None
 
 
+def _place(entry: Entry) -> tuple[bytes, str]:
+    return hashlib.blake2b(entry.name.encode(errors="surrogateescape"), digest_size=8).digest(), entry.name
+
+
+def printable(name: str) -> str:
+    """A name for a message: on one line, and safe to encode whatever bytes the file system gave."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+
+
 def is_image_name(name: str) -> bool:
     parts = PurePosixPath(name).parts
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
@@ -42,15 +54,15 @@ class Folder:
     """A folder of image files. Links are followed, each folder once; a subfolder that cannot be listed is on ``refused``."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.resolve().name or "folder"
+        self.path, self.name = path, printable(path.resolve().name) or "folder"
         self.refused: list[tuple[str, str]] = []
-        self.entries = sorted(self._walk(), key=lambda entry: entry.name)
+        self.entries = sorted(self._walk(), key=_place)
 
     def _walk(self) -> Iterator[Entry]:
         try:
             os.scandir(self.path).close()
         except OSError as error:
-            raise InputError(f"cannot read the image folder {self.path}: {error.strerror}") from None
+            raise InputError(f"cannot read the image folder {printable(str(self.path))}: {error.strerror}") from None
         seen: set[tuple[int, int]] = set()
         for folder, subfolders, files in os.walk(self.path, followlinks=True, onerror=self._refuse):
             status = os.stat(folder)
@@ -66,7 +78,7 @@ class Folder:
 
     def _refuse(self, error: OSError) -> None:
         name = Path(os.fsdecode(error.filename)).relative_to(self.path).as_posix() + "/"
-        self.refused.append((name, error.strerror or one_line(error)))
+        self.refused.append((printable(name), error.strerror or one_line(error)))
 
     @contextmanager
     def open(self, entry: Entry) -> Iterator[IO[bytes]]:
@@ -89,24 +101,25 @@ class Zip:
     threads of one process take turns."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name
+        self.path, self.name = path, printable(path.name)
         self.refused: list[tuple[str, str]] = []
         self._handle: tuple[int, zipfile.ZipFile] | None = None
         self._lock = threading.Lock()
+        shown = printable(str(path))
         try:
             infos = {
                 info.filename: info for info in self._zip().infolist() if not info.is_dir() and is_image_name(info.filename)
             }
         except zipfile.BadZipFile as error:
-            what = "is not a zip" if not self._looks_like_zip() else f"is a broken zip ({one_line(error)})"
-            raise InputError(f"{path} {what}; give a folder of images or a zip of them") from None
-        except (OSError, NotImplementedError, ValueError) as error:
-            raise InputError(f"cannot read the zip {path}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+            what = f"is a broken zip ({one_line(error)})" if self._starts_like_a_zip() else "is not a zip"
+            raise InputError(f"{shown} {what}; give a folder of images or a zip of them") from None
+        except Exception as error:  # a damaged directory can raise anything in zipfile
+            raise InputError(f"cannot read the zip {shown}: {getattr(error, 'strerror', None) or one_line(error)}") from None
         if any(info.flag_bits & 1 for info in infos.values()):
-            raise InputError(f"the zip {path} is encrypted; unpack it and give the folder")
-        self.entries = [Entry(name, infos[name].file_size, infos[name].CRC) for name in sorted(infos)]
+            raise InputError(f"the zip {shown} is encrypted; unpack it and give the folder")
+        self.entries = sorted((Entry(name, info.file_size, info.CRC) for name, info in infos.items()), key=_place)
 
-    def _looks_like_zip(self) -> bool:
+    def _starts_like_a_zip(self) -> bool:
         with open(self.path, "rb") as file:
             return file.read(2) == b"PK"
 

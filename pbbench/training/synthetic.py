@@ -1,13 +1,13 @@
 """Built-in images: seeded, coloured scenes that need no network and never run out.
 
 A scene is a sky with a sun, hills, a ground and a few large shaded shapes. What makes it a test of patch-wise generation is
-that its identity is global: one hue decides every colour, one sun lights every shape, and the shapes are large and lie about the
-middle, where the borders between patches run for every divider. A model that cannot see the whole image draws
-patches whose colours and outlines do not meet.
+that its identity is global: one hue decides every colour, one sun lights every shape, and the shapes are large and lie about
+the middle, where the borders between patches run for every divider. A model that cannot see the whole image draws patches
+whose colours and outlines do not meet.
 
-Geometry is in units of the image's shorter side with the origin in its middle, so a scene is the same picture at every resolution.
-Pixels are computed with additions, multiplications, minima and square roots only, which IEEE 754 rounds the
-same way everywhere: a scene does not depend on the machine, the process, or the batch it was drawn in.
+Geometry is in units of the image's shorter side with the origin in its middle, so a scene is the same picture at every
+resolution. Pixels are computed with additions, multiplications, minima and square roots only, which IEEE 754 rounds the same
+way everywhere: a scene does not depend on the machine, the process, or the batch it was drawn in.
 
 Shapes of arrays: N scenes, H, W pixels; per-scene values are (N, 1, 1), columns (1, 1, W), rows (1, H, 1).
 """
@@ -80,7 +80,8 @@ def _blend(image: list[Array], colour: Sequence[Array], alpha: Array) -> list[Ar
 
 
 def _coverage(distance: Array, pixels_per_unit: np.float32) -> Array:
-    """How much of a pixel lies inside an outline at a signed distance (negative inside): a one-pixel ramp, so edges are smooth."""
+    """How much of a pixel lies inside an outline at a signed distance (negative inside): a one-pixel ramp, so edges are
+    smooth."""
     return np.clip(np.float32(0.5) - distance * pixels_per_unit, 0, 1)
 
 
@@ -105,7 +106,10 @@ def _render(draws: NDArray[np.float64], height: int, width: int) -> NDArray[np.u
     sky_low = _rgb(hue + 0.06, draw.between(0.15, 0.4), daylight)
     sun_colour = _rgb(hue + 0.08, draw.between(0.05, 0.3), 0.6 + 0.4 * daylight)
     depth = np.clip((y + np.float32(0.5)) / (horizon + np.float32(0.5)), 0, 1)  # 0 at the top, 1 at the horizon
-    image = [np.broadcast_to(top + depth * (low - top), (len(draws), height, width)) for top, low in zip(sky_top, sky_low, strict=True)]
+    image = [
+        np.broadcast_to(top + depth * (low - top), (len(draws), height, width))
+        for top, low in zip(sky_top, sky_low, strict=True)
+    ]
 
     dx, dy = x - sun_x, y - sun_y
     radius_squared = dx * dx + dy * dy
