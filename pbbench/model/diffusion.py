@@ -110,7 +110,8 @@ class Diffusion:
         """
         if model_output.shape != target.shape:
             raise InputError(
-                f"the model's output {tuple(model_output.shape)} and its target {tuple(target.shape)} differ in shape"
+                f"the model's output {tuple(model_output.shape)} and its target {tuple(target.shape)} differ in shape; "
+                "training needs out_channels equal to channels"
             )
         error = F.l1_loss if self.config.loss_type == "l1" else F.mse_loss
         return error(model_output, target, reduction="sum") / (total or target.numel())

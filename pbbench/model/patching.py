@@ -39,9 +39,7 @@ def check_rows(rows: slice | None, num_images: int, d: int) -> slice:
         return slice(0, total)
     start, stop = rows.start or 0, total if rows.stop is None else rows.stop
     if rows.step not in (None, 1) or not 0 <= start < stop <= total:
-        raise InputError(
-            f"rows {rows} does not fit {num_images} images of {d}×{d} patches; expected 0 ≤ start < stop ≤ {total}"
-        )
+        raise InputError(f"rows {rows} do not fit {num_images} images of {d}×{d} patches: 0 ≤ start < stop ≤ {total}")
     return slice(start, stop)
 
 

@@ -154,7 +154,7 @@ def read_reference_checkpoint(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path} is not a checkpoint of plain tensors; it was not opened, because it could execute code"
+            f"{path} is not a checkpoint of plain tensors; anything else could execute code and is not opened"
         ) from None
     except Exception as error:  # a damaged file raises anything from KeyError to RuntimeError
         raise InputError(f"cannot read the checkpoint {path}: {one_line(error)[:160]}") from None

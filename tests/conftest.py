@@ -1,0 +1,54 @@
+"""What every test starts from: a fixed seed, one thread, small configurations, and reasons for what is skipped.
+
+torch is not imported here unless a test needs it, so that the tests of reports and settings stay quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pbbench.config import ModelConfig
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``cuda`` are skipped where there is no GPU."""
+    needing = [item for item in items if item.get_closest_marker("cuda")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; torch.cuda.is_available() is False here"))
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    """The same random numbers in any order of tests; one thread, because tiny tensors gain nothing from more."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """The smallest model with every part: two levels, 2 × 2 patches of 8 × 8 pixels."""
+    return ModelConfig(dim=8, dim_mults=(1, 2), image_size=16, patch_divider=2)
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the repository with the reference's full files; tests that need it are skipped without it."""
+    folder = Path(__file__).resolve().parents[1].parent / "shared"
+    if not (folder / "reference").is_dir():
+        pytest.skip(f"the reference's full files are not at {folder} (tests/fixtures holds a small set)")
+    return folder
