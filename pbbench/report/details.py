@@ -31,7 +31,11 @@ def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
     columns.append(Column(("training images seen",), [whole(r.images_seen if r else None) for r in rows]))
     samplers = [f"{r.sampler}, {whole(r.num_inference_steps)} steps" if r and r.sampler else UNKNOWN for r in rows]
     columns.append(Column(("sampler",), samplers, numeric=False))
-    for name, header in (("train_seconds", "training (s)"), ("score_seconds", "sampling and scoring (s)")):
+    for name, header in (
+        ("train_seconds", "training (s)"),
+        ("sample_seconds", "sampling (s)"),
+        ("score_seconds", "scoring (s)"),
+    ):
         if any(c.details.get(name) is not None for c in scored):
             columns.append(Column((header,), [number(c.details.get(name)) for c in scored]))
     bands = [(c.details.get("held_out") or {}).get("bands") or [] for c in scored]
@@ -48,9 +52,8 @@ def _count(value: Any) -> str:
 
 
 def _bands(values: Any) -> str:
-    if isinstance(values, dict):
-        return ", ".join(f"{name}: {number(value)}" for name, value in values.items())
-    return ", ".join(number(value) for value in values) or UNKNOWN
+    """Bands as quality/held_out.py gives them: {t_min, t_max, loss}, least noise first."""
+    return ", ".join(number(band["loss"]) for band in values) or UNKNOWN
 
 
 def failure_sheet(cells: Sequence[CellResult]) -> Sheet | None:

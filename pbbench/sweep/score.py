@@ -64,7 +64,8 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     }
     columns = {name: value for name, value in scores.items() if name in COLUMNS}
     emit("row", row={**base_row(experiment, cell, device_name), "phase": "quality", **columns, **described})
-    sets = {"reference": reference.description, "num_held_out": len(held_out) if held_out else 0}
+    sets = {"reference": reference.description, "num_reference_images": len(reference)}
+    sets["num_held_out"] = len(held_out) if held_out else 0
     emit("detail", grid=grid, metrics=scores, held_out=loss, training_seed=experiment.seed, **sets, **seconds, **trained)
 
 
