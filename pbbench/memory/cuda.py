@@ -20,6 +20,11 @@ PEAKS = {
 }
 """Reading → key of torch.cuda.memory_stats. Allocated is requested rounded up to whole blocks; active adds freed blocks
 that another stream may still use; reserved adds the cache."""
+CLOSING = {
+    "requested": "requested_bytes.all.current",
+    "allocated": "allocated_bytes.all.current",
+    "reserved": "reserved_bytes.all.current",
+}
 RETRIES = "num_alloc_retries"
 
 
@@ -43,14 +48,20 @@ class CudaPeaks:
         self._retries = stats.get(RETRIES, 0)
         CudaPeaks._open.append(self)
 
-    def end(self) -> dict[str, int]:
-        """The peaks since ``begin``, nested phases included, and the allocator's retries. Works after a failure, too."""
+    def end(self) -> dict[str, Any]:
+        """The peaks since ``begin``, nested phases included, ``alloc_retries`` since then, and what is held now (``closing``).
+
+        Also after a failure in the phase. Empty where the backend keeps no statistics.
+        """
         try:
             stats = self.cuda.memory_stats(self.device)
             self._fold_into_open(stats)
         finally:
             CudaPeaks._open.remove(self)
-        return {**self.peaks, "alloc_retries": stats.get(RETRIES, 0) - self._retries}
+        if not stats:
+            return {}
+        closing = {name: stats[key] for name, key in CLOSING.items() if key in stats}
+        return {**self.peaks, "alloc_retries": stats.get(RETRIES, 0) - self._retries, "closing": closing}
 
     def _fold_into_open(self, stats: dict[str, int]) -> None:
         for phase in CudaPeaks._open:
@@ -63,13 +74,13 @@ class CudaPeaks:
 _UNITS = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _AMOUNT = r"([\d.]+) (bytes|KiB|MiB|GiB)"
 _FIGURES = {
-    "requested": re.compile(rf"Tried to allocate {_AMOUNT}"),
+    "requested": re.compile(rf"(?:Tried to allocate|Requested size:) {_AMOUNT}"),
     "capacity": re.compile(rf"total capacity of {_AMOUNT}"),
     "free": re.compile(rf"of which {_AMOUNT} is free"),
     "process": re.compile(rf"this process has {_AMOUNT} memory in use"),
     "allocated": re.compile(rf"{_AMOUNT} is allocated by PyTorch"),
     "cached": re.compile(rf"{_AMOUNT} is reserved by PyTorch but unallocated"),
-    "limit": re.compile(rf"{_AMOUNT} allowed"),
+    "allowed": re.compile(rf"{_AMOUNT} allowed"),
 }
 _HOST = re.compile(r"DefaultCPUAllocator: (?:can't allocate memory: you tried to allocate (\d+) bytes|not enough memory)")
 _LIBRARY = re.compile(
@@ -81,7 +92,7 @@ def describe_out_of_memory(error: BaseException, cuda: Any = torch.cuda) -> dict
     """What an error says about running out of memory; None where it is something else.
 
     ``source``: allocator (torch's, on the GPU), cuda (the runtime, outside torch's allocator), library (cuBLAS, cuDNN...),
-    host (RAM). Bytes: requested, free, capacity, process, allocated, reserved (as precise as the message's two decimals), and
+    host (RAM). Bytes: requested, free, capacity, process, allowed, allocated, reserved (as precise as the message's two decimals), and
     retries: how often the allocator has emptied its cache and tried again in this process. What is not said is None.
     """
     seen: set[int] = set()

@@ -14,16 +14,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves
 
 from pbbench.errors import one_line
 from pbbench.memory.cuda import CudaPeaks
 from pbbench.memory.host import HostPeak
+from pbbench.memory.modules import in_backward
 from pbbench.memory.nvml import NvmlMeter
+
+_CUDA_ONLY = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes", "peak_device_bytes")
 
 
 @dataclass
@@ -45,8 +51,9 @@ class Reading:
     """Wall time between the two synchronisations."""
     reasons: dict[str, str] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
-    """What stands beside the peaks: on CUDA the peaks of requested and active bytes and the allocator's retries; from NVML the
-    function used, the number of samples and the longest gap between two (seconds)."""
+    """What stands beside the peaks. On CUDA: peak_requested_bytes, peak_active_bytes, alloc_retries; nvml: the function used,
+    the number of samples, the longest gap between two in seconds; closing: requested, allocated, reserved, process and device
+    bytes at the phase's end. turns: how often the part of a step ran, of which this is the maximum."""
 
 
 class Meter:
@@ -78,20 +85,64 @@ class Meter:
     def phase(self, name: str) -> Iterator[Reading]:
         """Measure the block. The reading is complete when the block has ended, also by an exception, which passes through."""
         reading = Reading(name)
-        finish: list[Callable[[], None]] = [self._host(reading)]
-        if self.device.type == "cuda":
-            finish += [self._driver(reading), self._allocator(reading)]
-        else:
-            for column in ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes", "peak_device_bytes"):
-                reading.reasons[column] = f"read on CUDA devices only; this phase ran on {self.device.type}"
-        start = time.perf_counter()
-        try:
-            yield reading
-        finally:
-            self._synchronise(reading)
-            reading.seconds = time.perf_counter() - start
-            for read in reversed(finish):
-                read()
+        with ExitStack() as meters:
+            meters.callback(self._begin_host(reading))
+            if self._nvml is not None:
+                meters.callback(_check_process, reading)
+                meters.callback(self._begin_driver(self._nvml, reading))
+                meters.callback(self._begin_allocator(reading))
+            else:
+                why = f"read on CUDA devices only; this phase ran on {self.device.type}"
+                reading.reasons.update(dict.fromkeys(_CUDA_ONLY, why))
+            start = time.perf_counter()
+            try:
+                yield reading
+            finally:
+                self._synchronise(reading)
+                reading.seconds = time.perf_counter() - start
+
+    @contextmanager
+    def parts(self, model: nn.Module) -> Iterator[dict[str, Reading]]:
+        """Measure forward, backward and optimizer of the training steps in the block, without touching the code.
+
+        Yields a dict that gets one reading per part that occurs. Forward begins with the call of ``model`` and holds the loss;
+        backward begins where the gradient reaches the model's output; the optimizer's part begins with its step. A part lasts
+        until the next begins. Over several turns (chunks) peaks are maxima, seconds sums. Every change synchronises the device.
+        """
+        readings: dict[str, Reading] = {}
+        running: list[tuple[AbstractContextManager[Reading], Reading]] = []
+
+        def leave() -> None:
+            if running:
+                phase, reading = running.pop()
+                phase.__exit__(None, None, None)
+                earlier = readings.get(reading.name)
+                readings[reading.name] = reading if earlier is None else _over_turns(earlier, reading)
+
+        def enter(name: str) -> None:
+            leave()
+            phase = self.phase(name)
+            running.append((phase, phase.__enter__()))
+
+        def backward_begins(gradients: Any) -> None:
+            if running and running[0][1].name != "backward":
+                enter("backward")
+
+        def forward_begins(module: nn.Module, args: Any) -> None:
+            if not in_backward():  # there, a checkpoint recomputes
+                enter("forward")
+
+        def forward_ends(module: nn.Module, args: Any, output: Any) -> None:
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None and not in_backward():
+                    leaf.grad_fn.register_prehook(backward_begins)
+
+        with ExitStack() as hooks:
+            hooks.callback(leave)
+            hooks.callback(model.register_forward_pre_hook(forward_begins).remove)
+            hooks.callback(model.register_forward_hook(forward_ends).remove)
+            hooks.callback(register_optimizer_step_pre_hook(lambda *_: enter("optimizer")).remove)
+            yield readings
 
     def _synchronise(self, reading: Reading) -> None:
         if self.device.type != "cuda":
@@ -101,48 +152,45 @@ class Meter:
         except RuntimeError as error:  # after a CUDA error every later call fails; the block's own exception says why
             reading.ledger["synchronise"] = one_line(error)
 
-    def _allocator(self, reading: Reading) -> Callable[[], None]:
+    def _begin_allocator(self, reading: Reading) -> Callable[[], None]:
         peaks = CudaPeaks(self.device, self._cuda)
         peaks.begin()
 
         def read() -> None:
+            why = "this allocator backend does not report it"
+            found: dict[str, Any] = {}
             try:
-                found: dict[str, int] = peaks.end()
+                found = peaks.end()
             except RuntimeError as error:
-                found, why = {}, f"torch.cuda.memory_stats failed: {one_line(error)}"
-            else:
-                why = "this allocator backend does not report it"
-            reading.peak_allocated_bytes = found.pop("peak_allocated_bytes", None)
-            reading.peak_reserved_bytes = found.pop("peak_reserved_bytes", None)
-            reading.ledger.update(found)
+                why = f"torch.cuda.memory_stats failed: {one_line(error)}"
             for column in ("peak_allocated_bytes", "peak_reserved_bytes"):
-                if getattr(reading, column) is None:
+                value = found.pop(column, None)
+                setattr(reading, column, value)
+                if value is None:
                     reading.reasons[column] = why
+            reading.ledger.update(found)
 
         return read
 
-    def _driver(self, reading: Reading) -> Callable[[], None]:
-        assert self._nvml is not None
-        meter = self._nvml
-        begun = meter.begin()
+    def _begin_driver(self, nvml: NvmlMeter, reading: Reading) -> Callable[[], None]:
+        begun = nvml.begin()
 
         def read() -> None:
-            found = meter.end(begun)
+            found = nvml.end(begun)
             reading.peak_process_bytes, reading.peak_device_bytes = found.process_bytes, found.device_bytes
             if found.process_bytes is None:
                 reading.reasons["peak_process_bytes"] = found.process_reason or "no sample was taken"
             if found.device_bytes is None:
                 reading.reasons["peak_device_bytes"] = found.device_reason or "no sample was taken"
             if found.samples:
-                reading.ledger["nvml"] = {
-                    "api": found.api,
-                    "samples": found.samples,
-                    "longest_gap_s": round(found.longest_gap_s, 4),
-                }
+                gap = round(found.longest_gap_s, 4)
+                reading.ledger["nvml"] = {"api": found.api, "samples": found.samples, "longest_gap_s": gap}
+                closing = reading.ledger.setdefault("closing", {})
+                closing.update(process=found.closing_process_bytes, device=found.closing_device_bytes)
 
         return read
 
-    def _host(self, reading: Reading) -> Callable[[], None]:
+    def _begin_host(self, reading: Reading) -> Callable[[], None]:
         peak = HostPeak()
         peak.begin()
 
@@ -152,3 +200,28 @@ class Meter:
                 reading.reasons["peak_rss_bytes"] = why
 
         return read
+
+
+def _check_process(reading: Reading) -> None:
+    """In a container NVML's numbers are the host's, so the process it lists under ours may be another: then it holds less
+    than torch does."""
+    closing = reading.ledger.get("closing", {})
+    process, reserved = closing.get("process"), closing.get("reserved")
+    if process is not None and reserved is not None and process < reserved:
+        reading.peak_process_bytes = closing["process"] = None
+        reading.reasons["peak_process_bytes"] = (
+            f"the process NVML lists under this number holds {process} bytes, less than torch reserved ({reserved}): another "
+            "process of the host, seen from a container"
+        )
+
+
+def _over_turns(earlier: Reading, later: Reading) -> Reading:
+    """One reading of a part that ran twice: the larger peaks, unknown if one is; the times together."""
+    both = Reading(earlier.name, reasons={**earlier.reasons, **later.reasons}, ledger=later.ledger)
+    for column in ("peak_rss_bytes", *_CUDA_ONLY):
+        first, second = getattr(earlier, column), getattr(later, column)
+        if first is not None and second is not None:
+            setattr(both, column, max(first, second))
+    both.seconds = (earlier.seconds or 0.0) + (later.seconds or 0.0)
+    both.ledger["turns"] = earlier.ledger.get("turns", 1) + 1
+    return both

@@ -27,6 +27,9 @@ class NvmlReading:
     device_bytes: int | None = None
     process_reason: str | None = None
     device_reason: str | None = None
+    closing_process_bytes: int | None = None
+    closing_device_bytes: int | None = None
+    """The last sample, for comparison with what torch holds at that moment."""
     samples: int = 0
     longest_gap_s: float = 0.0
     api: str | None = None
@@ -34,6 +37,7 @@ class NvmlReading:
 
     def add(self, process: int | None, device: int | None, now: float) -> None:
         """Fold in one sample taken at ``now`` seconds."""
+        self.closing_process_bytes, self.closing_device_bytes = process, device
         if process is not None:
             self.process_bytes = max(self.process_bytes or 0, process)
         if device is not None:
@@ -190,11 +194,11 @@ class NvmlMeter:
     def _own_share(self, processes: list[Any]) -> int | None:
         own = [process.usedGpuMemory for process in processes if process.pid == self.pid]
         if not own:
-            others = f"; it lists {len(processes)} other" if processes else ""
-            self.process_reason = f"NVML does not list process {self.pid}: it holds no GPU memory, or a container shows it under another number{others}"
+            listed = f"it lists {len(processes)} others; " if processes else ""
+            self.process_reason = f"NVML does not list process {self.pid} ({listed}a container's processes have other numbers)"
             return None
-        if any(used is None for used in own):
-            self.process_reason = "NVML lists the process without its memory (WDDM, WSL, MIG or a virtual GPU)"
+        if not all(own):  # None (WDDM, virtual GPUs) or 0, which no process with a CUDA context holds
+            self.process_reason = "NVML lists the process without its memory (a container, WSL, WDDM or a virtual GPU)"
             return None
         return int(sum(own))
 
