@@ -197,6 +197,12 @@ def test_no_noise_is_added_at_the_last_step() -> None:
     assert not torch.equal(mixed[1], quiet[1])
 
 
+@pytest.mark.parametrize("t", [-1, 1000])
+def test_a_step_outside_the_chain_is_refused(t: int) -> None:
+    with pytest.raises(InputError, match="0 to 999"):
+        sample_step(Gaussian(), Diffusion(DiffusionConfig()), torch.zeros(1, 3, 8, 8), t, None)  # type: ignore[arg-type]
+
+
 # With the network
 
 

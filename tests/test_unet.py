@@ -175,6 +175,7 @@ def test_runs_on_fake_tensors_and_under_autocast(tiny_config: ModelConfig) -> No
     [
         ((2, 3, 16, 18), (2,), {}, "divisible by 4"),
         ((2, 4, 16, 16), (2,), {}, "expected N × 3"),
+        ((0, 3, 16, 16), (0,), {}, "expected N × 3"),
         ((2, 3, 16, 16), (3,), {}, "one timestep per image"),
         ((2, 3, 16, 16), (2,), {"patch_batch_size": 0}, "at least 1"),
         ((2, 3, 16, 16), (2,), {"rows": slice(0, 9)}, "do not fit 2 images"),

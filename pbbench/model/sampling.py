@@ -84,7 +84,10 @@ def sample_step(
         t: the chain's step, one number or one per image (N, int64). At 0 no noise is added.
         noise: like x_t; None only where every t is 0.
         patch_batch_size: patches per pass; None: all.
+    Raises: InputError where a number t is no step of the chain (a tensor is not looked at: that would wait for the device).
     """
+    if isinstance(t, int) and not 0 <= t < len(diffusion):
+        raise InputError(f"t is {t}; the chain's steps are 0 to {len(diffusion) - 1}")
     steps = torch.full((x_t.shape[0],), t, device=x_t.device) if isinstance(t, int) else t
     x_start = _predict_x_start(model, diffusion, x_t, steps, patch_batch_size)
     mean, _, log_variance = diffusion.posterior(x_start, x_t, steps)

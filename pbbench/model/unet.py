@@ -134,7 +134,7 @@ class PatchUNet(nn.Module):
     def _check(self, x_t: Tensor, t: Tensor) -> None:
         config = self.config
         unit = config.patch_divider * 2 ** (len(config.dim_mults) - 1)
-        if x_t.ndim != 4 or x_t.shape[1] != config.channels or x_t.shape[2] % unit or x_t.shape[3] % unit:
+        if x_t.ndim != 4 or 0 in x_t.shape or x_t.shape[1] != config.channels or x_t.shape[2] % unit or x_t.shape[3] % unit:
             raise InputError(
                 f"x_t has shape {tuple(x_t.shape)}; expected N × {config.channels} × H × W with H and W divisible by {unit} "
                 f"(patch_divider {config.patch_divider}, {len(config.dim_mults)} levels)"
