@@ -92,8 +92,9 @@ def describe_out_of_memory(error: BaseException, cuda: Any = torch.cuda) -> dict
     """What an error says about running out of memory; None where it is something else.
 
     ``source``: allocator (torch's, on the GPU), cuda (the runtime, outside torch's allocator), library (cuBLAS, cuDNN...),
-    host (RAM). Bytes: requested, free, capacity, process, allowed, allocated, reserved (as precise as the message's two decimals), and
-    retries: how often the allocator has emptied its cache and tried again in this process. What is not said is None.
+    host (RAM). Bytes at that moment, as precise as the message's two decimals: requested, free, capacity, process, allowed,
+    allocated, reserved. ``retries``: how often the allocator has emptied its cache and tried again in this process. What the
+    error does not say is None.
     """
     seen: set[int] = set()
     link: BaseException | None = error

@@ -216,8 +216,9 @@ def _check_process(reading: Reading) -> None:
 
 
 def _over_turns(earlier: Reading, later: Reading) -> Reading:
-    """One reading of a part that ran twice: the larger peaks, unknown if one is; the times together."""
-    both = Reading(earlier.name, reasons={**earlier.reasons, **later.reasons}, ledger=later.ledger)
+    """One reading of a part that ran twice: the larger peaks (unknown if one is) with their ledger, the times together."""
+    larger = max((earlier, later), key=lambda reading: reading.peak_allocated_bytes or 0)
+    both = Reading(earlier.name, reasons={**earlier.reasons, **later.reasons}, ledger=dict(larger.ledger))
     for column in ("peak_rss_bytes", *_CUDA_ONLY):
         first, second = getattr(earlier, column), getattr(later, column)
         if first is not None and second is not None:
