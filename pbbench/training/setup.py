@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from pbbench.config import Experiment, TrainingConfig, differences, load_experiment, parse_experiment
 from pbbench.errors import InputError
+from pbbench.model.unet import PatchUNet
 from pbbench.training.checkpoint import checkpoints_of, read_config
+
+
+def build_network(experiment: Experiment, device: str | torch.device = "cpu") -> PatchUNet:
+    """The network with weights drawn from ``experiment.seed``: on the CPU, so that they are the same for every device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        return PatchUNet(experiment.model).to(device)
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Adam:
@@ -104,8 +112,7 @@ def check_folder(out: Path, experiment: Experiment, resume: bool) -> Path | None
     changed = [line for line in differences(old, experiment) if not line.startswith(_MAY_DIFFER)]
     if changed:
         raise InputError(f"{out} was begun with other settings ({'; '.join(changed)}); resume with those, or name a new folder")
-    if config["step"] > experiment.training.num_steps:
-        raise InputError(
-            f"{out} is at step {config['step']}, beyond training.num_steps {experiment.training.num_steps}; raise it"
-        )
+    num_steps = experiment.training.num_steps
+    if config["step"] > num_steps:
+        raise InputError(f"{out} is at step {config['step']}; raise training.num_steps, which is {num_steps}")
     return saved[-1] if saved else None

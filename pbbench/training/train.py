@@ -34,7 +34,7 @@ from pbbench.training.grid import save_sample_grid
 from pbbench.training.heldout import training_and_held_out
 from pbbench.training.loader import training_loader
 from pbbench.training.progress import Progress, StopSignals
-from pbbench.training.setup import build_accelerator, build_optimizer, check_folder, draw_noise
+from pbbench.training.setup import build_accelerator, build_network, build_optimizer, check_folder, draw_noise
 
 SETTLE_EVERY = 10
 """Steps between two looks at the loss on a GPU, each of which waits for it; on a CPU every step is looked at."""
@@ -216,9 +216,7 @@ class _Run:
             now = self.accelerator.num_processes
             raise InputError(f"{self.out} was trained by {processes} processes, this is {now}; resume with as many (torchrun)")
         if fingerprint != self.fingerprint:
-            raise InputError(
-                f"the images of {self.out} have changed since it began; restore them, or train into another folder"
-            )
+            raise InputError(f"the images have changed since {self.out} was begun; restore them, or train into another folder")
 
     def draw_grid(self) -> None:
         self.ema.update(self.bare, self.step, about_to_be_read=True)
@@ -285,10 +283,7 @@ def _train(
 
 def _start(experiment: Experiment, out: Path, accelerator: Any, images: ImageSet) -> _Run:
     """The network with weights from the experiment's seed, its average and its optimizer, before the first step."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(experiment.seed)
-        bare = PatchUNet(experiment.model)  # on the CPU: the same weights for every device
-    bare.to(accelerator.device)
+    bare = build_network(experiment, accelerator.device)
     ema = ExponentialMovingAverage(bare, experiment.training)
     adam = build_optimizer(bare, experiment.training)
     model, optimizer = accelerator.prepare(bare, adam)
