@@ -144,7 +144,7 @@ def open_source(source: str) -> Folder | Zip:
     """The folder or zip at ``source``. Raises InputError where it is absent, neither, broken, encrypted or not permitted."""
     path = Path(os.path.expanduser(source))
     try:
-        mode = path.stat().st_mode
+        mode = os.stat(os.path.expanduser(source)).st_mode  # of the text: Path("") would be the current folder
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"cannot read the images at {source!r}: {reason}; give a folder, a zip, or 'synthetic'") from None
