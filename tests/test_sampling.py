@@ -12,7 +12,7 @@ from torch import Tensor
 from pbbench.config import DiffusionConfig, ModelConfig, SamplingConfig
 from pbbench.errors import InputError
 from pbbench.model.diffusion import Diffusion
-from pbbench.model.sampling import inference_timesteps, sample, sample_noise, sample_step, to_uint8
+from pbbench.model.sampling import inference_timesteps, multistep_solver, sample, sample_noise, sample_step, to_uint8
 from pbbench.model.unet import PatchUNet
 
 SAMPLERS = ["ddpm", "ddim", "dpm++"]
@@ -173,6 +173,15 @@ def test_dpm_solver_is_that_of_diffusers(num_steps: int) -> None:
         x = theirs.step(model(x, t.repeat(2)), t, x).prev_sample
     ours = draw(model, range(2), "v_prediction", sampler="dpm++", num_inference_steps=num_steps)
     torch.testing.assert_close(ours, x.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_solver_works_from_float64_coefficients() -> None:
+    """1 − ᾱ of float32 betas is off by a thousandth at t = 0."""
+    diffusion = Diffusion(DiffusionConfig())
+    solver = multistep_solver(diffusion, order=2)
+    solver.set_timesteps(timesteps=[999, 500, 1, 0])
+    a = diffusion.alphas_cumprod_float64[[999, 500, 1, 0]]
+    torch.testing.assert_close(solver.sigmas[:4].double(), ((1 - a) / a).sqrt(), rtol=1e-6, atol=0)
 
 
 # Against a known answer
