@@ -52,3 +52,22 @@ def shared() -> Path:
     if not (folder / "reference").is_dir():
         pytest.skip(f"the reference's full files are not at {folder} (tests/fixtures holds a small set)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the exact format torch-fidelity loads: its own network, built with loading patched out, saved."""
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("weights") / "random-inception.pth"
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(0)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):  # torch's default would let the signal fade over 48 layers
+                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        torch.save(network.state_dict(), path)
+    return path

@@ -77,7 +77,7 @@ def _filters(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _pad(x: Tensor, by: int) -> Tensor:
-    return F.pad(x, (by, by, by, by), mode="reflect" if min(x.shape[2:]) > by else "replicate")
+    return F.pad(x, (by, by, by, by), mode="reflect")
 
 
 def _log_energy(r: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import queue
 import tempfile
 import threading
 import urllib.request
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,9 @@ def build_inception(weights: Weights) -> Any:
 
 
 def _read(path: Path, device: str) -> dict[str, torch.Tensor]:
-    state = torch.load(path, weights_only=True, map_location=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on foreign pickles: the error that follows says what matters
+        state = torch.load(path, weights_only=True, map_location=device)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise TypeError("not a dict of tensors")
     return state
