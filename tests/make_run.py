@@ -230,6 +230,7 @@ def make_run(
     }
     environment["reasons"] = {} if device != "cpu" else dict.fromkeys(gpu, NO_GPU)
     write_json(run / "environment.json", environment)
-    toml = f'name = "made"\nseed = 0\n[model]\ndim = 128\nimage_size = 128\n[training]\nbatch_size = {batch_sizes[0]}\nnum_steps = 500\n'
-    write_text(run / "experiment.toml", toml + '[data]\nsource = "synthetic"\n[sampling]\nsampler = "ddim"\nseed = 0\n')
+    settings = ['name = "made"', "seed = 0", "[model]", "dim = 128", "image_size = 128", "[data]", 'source = "synthetic"']
+    settings += ["[training]", f"batch_size = {batch_sizes[0]}", "num_steps = 500", "[sampling]", 'sampler = "ddim"']
+    write_text(run / "experiment.toml", "\n".join(settings) + "\n")
     return run

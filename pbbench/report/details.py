@@ -10,12 +10,12 @@ import pandas as pd
 
 from pbbench.records import CellResult, format_bytes
 from pbbench.report import missing, tables
-from pbbench.report.layout import quality_label, settings_columns
+from pbbench.report.layout import quality_header, quality_label, settings_columns
 from pbbench.report.sheet import UNKNOWN, Column, Sheet, number, percent, whole
 
 
 def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
-    """Per divider every quality figure with the images behind it and the training it rests on; None where nothing was scored."""
+    """Per divider every quality figure, the images behind it and the training it rests on."""
     scored = sorted((c for c in cells if c.kind == "quality"), key=lambda c: (tables.axis(c, "patch_divider") or 0, c.id))
     if not scored:
         return None
@@ -24,7 +24,7 @@ def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
     for name in tables.quality_names(scores):
         if name not in ("num_images", "images_seen"):
             texts = [number(scores.get(tables.axis(c, "patch_divider") or 0, {}).get(name)) for c in scored]
-            columns.append(Column((quality_label(name),), texts))
+            columns.append(Column(quality_header(name), texts, title=quality_label(name)))
     rows = [next((r for r in c.rows if r.phase == "quality"), None) for c in scored]
     columns.append(Column(("images scored",), [whole(r.num_images if r else None) for r in rows]))
     columns.append(Column(("reference images",), [_count(c.details.get("num_reference_images")) for c in scored]))
@@ -38,11 +38,6 @@ def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
     ):
         if any(c.details.get(name) is not None for c in scored):
             columns.append(Column((header,), [number(c.details.get(name)) for c in scored]))
-    bands = [(c.details.get("held_out") or {}).get("bands") or [] for c in scored]
-    if any(bands):
-        columns.append(
-            Column(("held-out loss by band of timesteps, least noise first",), [_bands(b) for b in bands], numeric=False)
-        )
     columns.append(Column(("status",), [c.status.replace("_", " ") for c in scored], numeric=False))
     return Sheet("Quality of each divider", columns)
 
@@ -51,9 +46,21 @@ def _count(value: Any) -> str:
     return whole(value) if isinstance(value, int | float) else UNKNOWN
 
 
-def _bands(values: Any) -> str:
-    """Bands as quality/held_out.py gives them: {t_min, t_max, loss}, least noise first."""
-    return ", ".join(number(band["loss"]) for band in values) or UNKNOWN
+def bands_sheet(cells: Sequence[CellResult]) -> Sheet | None:
+    """The held-out denoising loss per divider and band of timesteps."""
+    found = {}
+    for cell in cells:
+        bands = (cell.details.get("held_out") or {}).get("bands") if cell.kind == "quality" else None
+        if bands:
+            found[tables.axis(cell, "patch_divider") or 0] = {f"t = {b['t_min']}–{b['t_max']}": b["loss"] for b in bands}
+    if not found:
+        return None
+    dividers = sorted(found)
+    columns = [Column(("d",), [whole(d) for d in dividers])]
+    for name in dict.fromkeys(name for d in dividers for name in found[d]):
+        columns.append(Column((name,), [number(found[d].get(name)) for d in dividers]))
+    notes = ["Mean over images that were not trained on, with the same noise for every divider; low t is little noise."]
+    return Sheet("Held-out denoising loss by timestep", columns, notes)
 
 
 def failure_sheet(cells: Sequence[CellResult]) -> Sheet | None:

@@ -5,19 +5,19 @@ images are and on how many they were scored, and how to read a row. Every senten
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pbbench.records import CellResult, format_bytes
 from pbbench.report import missing, tables
-from pbbench.report.layout import fixed_settings
+from pbbench.report.layout import fixed_settings, passes_in_words
 from pbbench.report.sheet import percent, whole
 
 READING = (
     (
         "A row",
-        "One row of results.csv is one cell (a configuration) × phase × cold or warm × repeat. Cold is the first run in a fresh "
-        "process, warm the one after the warm-up. Quality is one row of its own, phase quality, per divider.",
+        "One row of results.csv is one cell (a configuration) × phase × cold or warm × repeat. Cold is the first run in a "
+        "fresh process, warm the one after the warm-up. Quality is one row of its own, phase quality, per divider.",
     ),
     (
         "The divider d",
@@ -25,21 +25,23 @@ READING = (
     ),
     (
         "Patches a pass",
-        "How many patches (image × patch index) go through the network together: all of them; index, one patch index of every "
-        "image, which is as many patches as images; or a number. It changes memory and time, not the result. Stacking all of "
-        "them leaves the activations as large as those of the whole image, so memory falls with the divider only where fewer go "
-        "through at once.",
+        "How many patches (image × patch index) go through the network together: all of them; index, one patch index of "
+        "every image, which is as many patches as images; or a number. It changes memory and time, not the result. Stacking "
+        "all of them leaves the activations as large as those of the whole image, so memory falls with the divider only "
+        "where fewer go through at once.",
     ),
     (
         "Peaks",
         "Integers, in bytes. peak_live_bytes counts the tensors that are alive, each storage rounded up to 512 bytes; "
-        "peak_allocated_bytes and peak_reserved_bytes come from torch's CUDA allocator, peak_process_bytes and peak_device_bytes "
-        "from the driver (NVML), peak_rss_bytes from the operating system. They answer different questions and never agree.",
+        "peak_allocated_bytes and peak_reserved_bytes come from torch's CUDA allocator, peak_process_bytes and "
+        "peak_device_bytes from the driver (NVML), peak_rss_bytes from the operating system. They answer different questions "
+        "and need not agree.",
     ),
     (
         "What fills a peak",
-        "Weights, gradients, optimizer state, the averaged weights (EMA), inputs, activations and the rest at the instant of the "
-        "peak of live tensor bytes; they sum to it. Patching shrinks activations only.",
+        "Weights, gradients, optimizer state, the averaged weights (EMA), inputs, activations and the rest at the instant of "
+        "the peak of live tensor bytes; they sum to it. Patching shrinks activations only. Where a training step takes several "
+        "passes, the gradients of the earlier ones lie beside the activations of the next, so they count in its peak.",
     ),
     ("Null", "Unknown is null (empty in results.csv), never 0; the column reasons says why."),
     (
@@ -56,9 +58,9 @@ def patching_pays(cells: Sequence[CellResult]) -> list[str]:
     parts, frame = tables.split(cells), tables.tradeoff(cells)
     whole_image = parts[parts["patch_divider"] == 1]
     if whole_image.empty:
-        why = "no step at d = 1 that ended well was split by what fills its peak"
         return [
-            f"Not known for this run: {why}. The rule: patching can remove activations only, so it pays as far as they fill the peak."
+            "Not known for this run: no step at d = 1 that ended well was split by what fills its peak. The rule: patching can "
+            "remove activations only, so it pays as far as they fill the peak."
         ]
     varied = parts[["batch_size", "mixed_precision"]].drop_duplicates().shape[0] > 1
     sentences = []
@@ -69,7 +71,7 @@ def patching_pays(cells: Sequence[CellResult]) -> list[str]:
         text = (
             f"{step}{where}: at d = 1 activations are {percent(share, signed=False)} of the peak "
             f"({format_bytes(int(line['activation_bytes']))} of {format_bytes(int(line['peak_live_bytes']))} of live tensors). "
-            "The rest, weights and what belongs to them, stays whatever the divider. "
+            "The rest, mostly weights and what belongs to them, stays whatever the divider. "
         )
         if share >= 0.5:
             text += "Patching can pay here."
@@ -80,11 +82,8 @@ def patching_pays(cells: Sequence[CellResult]) -> list[str]:
         same = frame["batch_size"].eq(line["batch_size"]) & frame["mixed_precision"].eq(line["mixed_precision"])
         changes = frame.loc[same & (frame["patch_divider"] != 1), f"{line['step']}_peak_change"].dropna()
         if len(changes):
-            best = frame.loc[changes.idxmin()]
-            named = f"d = {best['patch_divider']:.0f}, {best['patches_per_pass']} patches a pass".replace(
-                "index patches", "one patch index"
-            )
-            named = named.replace("all patches a pass", "all patches in one pass")
+            best = frame[frame.index == changes.idxmin()].iloc[0]
+            named = f"d = {best['patch_divider']:.0f}, {passes_in_words(best['patches_per_pass'])}"
             text += f" The lowest peak of those measured: {named}, {percent(changes.min())}."
         sentences.append(text)
     return sentences
@@ -102,8 +101,13 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
         said.append("No divider has a quality figure; the table of failures says why.")
     if "random_features_frechet_distance" in names:
         said.append(
-            "The Fréchet distance here is not FID: a fixed-seed random convolutional network stands in for Inception, because its "
+            "The Fréchet distance here is not FID: a fixed-seed random convolutional network stands in for Inception, whose "
             "weights were not at hand. It ranks dividers within this run and compares with no published figure."
+        )
+    if "few_images_inception_frechet_distance" in names:
+        said.append(
+            "The Fréchet distance here is not FID: it is taken with Inception's features, but from too few images for them, "
+            "which raises it."
         )
     if "unverified_inception_frechet_distance" in names:
         said.append(
@@ -111,9 +115,7 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
         )
     counts = sorted({s["num_images"] for s in scores.values() if "num_images" in s})
     if "frechet_inception_distance" in names and counts and counts[0] < 10_000:
-        said.append(
-            f"FID on {whole(counts[0])} images lies above what more images would give; compare it only with FID on as many images."
-        )
+        said.append(f"FID on {whole(counts[0])} images lies above what more would give; compare it only with FID on as many.")
     seen = sorted({s["images_seen"] for s in scores.values() if "images_seen" in s})
     if seen:
         each = f"{whole(seen[0])}" if len(seen) == 1 else f"{whole(seen[0])} to {whole(seen[-1])}"
@@ -143,26 +145,23 @@ def meters_used(cells: Sequence[CellResult]) -> list[str]:
 def machine(environment: dict[str, Any]) -> list[tuple[str, str]]:
     """The environment as (name, value) pairs; an unknown value is followed by its reason."""
     reasons = environment.get("reasons") or {}
-    return [
-        (name, _value(value, reasons.get(name.partition(".")[0]) or reasons.get(name))) for name, value in _flat(environment)
-    ]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if not prefix and name == "reasons":
-            continue
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+    told = []
+    for name, value in environment.items():
+        if name.endswith("_bytes") and isinstance(value, int):
+            told.append((name.removesuffix("_bytes"), format_bytes(value)))
+        elif name != "reasons":
+            told.append((name.removesuffix("_bytes"), _value(value, reasons.get(name))))
+    return told
 
 
 def _value(value: Any, reason: str | None = None) -> str:
+    """A setting in words: null with its reason, truth as yes and no."""
     if value is None or value == {}:
         return f"not known: {reason}" if reason else "not set" if value is None else "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(inner)}" for name, inner in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -30,6 +30,7 @@ def contents(
         "pays": facts.patching_pays(cells),
         "splits": [sheet for sheet in splits if sheet],
         "quality": details.quality_sheet(cells),
+        "bands": details.bands_sheet(cells),
         "quality_statements": facts.quality_statements(cells),
         "failures": details.failure_sheet(cells),
         "meters": layout.meters_sheet(cells),

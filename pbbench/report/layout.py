@@ -13,13 +13,14 @@ from pbbench.report.sheet import UNKNOWN, Column, Sheet, byte_unit, in_unit, num
 # Column → header lines, for the quality figures. A distance that is not FID never carries that name.
 QUALITY_HEADERS = {
     "frechet_inception_distance": ("FID",),
+    "few_images_inception_frechet_distance": ("Fréchet,", "too few", "images"),
     "unverified_inception_frechet_distance": ("Fréchet,", "unverified", "Inception"),
     "random_features_frechet_distance": ("Fréchet,", "random", "features"),
     "kernel_inception_distance_mean": ("KID",),
     "precision": ("preci-", "sion"),
     "recall": ("recall",),
     "seam_score": ("seam", "score"),
-    "held_out_loss": ("held-", "out", "loss"),
+    "held_out_loss": ("held-out", "loss"),
     "num_images": ("images", "scored"),
     "images_seen": ("images", "trained on"),
 }
@@ -70,6 +71,11 @@ def settings_columns(frame: pd.DataFrame) -> list[Column]:
     return columns
 
 
+def passes_in_words(passes: str) -> str:
+    """``tables.passes`` as it stands in a sentence."""
+    return {"all": "all patches in one pass", "index": "one patch index a pass"}.get(passes, f"{passes} patches a pass")
+
+
 def fixed_settings(frame: pd.DataFrame) -> str:
     """What all lines share, for a caption: the batch size, and the precision where it is not float32."""
     parts = []
@@ -89,6 +95,7 @@ def quality_label(name: str) -> str:
     """The quality figure in words, for axes and captions."""
     words = {
         "frechet_inception_distance": "FID",
+        "few_images_inception_frechet_distance": "Fréchet distance, too few images (not FID)",
         "unverified_inception_frechet_distance": "Fréchet distance, unverified Inception weights (not FID)",
         "random_features_frechet_distance": "Fréchet distance, random features (not FID)",
         "kernel_inception_distance_mean": "KID",
@@ -129,6 +136,9 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
         counts = sorted(frame["num_images"].dropna().unique()) if "num_images" in frame else []
         scored_on = f", {'/'.join(whole(c) for c in counts)} images scored" if counts else ""
         notes.append(f"Quality: {quality_label(main)}{scored_on}; lower is better.")
+    varied = tables.unsteadiness(cells)
+    if varied > 1.5:
+        notes.append(f"Speeds are rough: steps of the same cell took up to {varied:.1f} times as long as its fastest.")
     return Sheet("What each divider costs", columns, notes, "tab:tradeoff")
 
 
@@ -141,7 +151,7 @@ def split_sheet(cells: Sequence[CellResult], step: str) -> Sheet | None:
     shown = [n for n in CATEGORIES if n not in ("gradient", "optimizer", "ema") or (frame[f"{n}_bytes"] > 0).any()]
     unit = byte_unit(frame["peak_live_bytes"])
     columns = settings_columns(frame) + [_bytes_column((CATEGORY_NAMES[n],), frame, f"{n}_bytes", unit) for n in shown]
-    columns.append(_bytes_column(("sum", "(live)"), frame, "peak_live_bytes", unit))
+    columns.append(_bytes_column(("sum",), frame, "peak_live_bytes", unit))
     if frame["measured_peak_bytes"].notna().any():
         columns.append(_bytes_column(("torch.cuda", "allocated"), frame, "measured_peak_bytes", unit))
     columns.append(Column(("share of", "activations"), [percent(v, signed=False) for v in frame["activation_share"]]))

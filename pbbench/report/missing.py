@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pbbench.records import COLUMNS, CellResult, Row
-from pbbench.report.tables import QUALITY, finite, results
+from pbbench.report.tables import DISTANCES, QUALITY, finite, results
 
 
 def failures(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
@@ -64,7 +64,12 @@ def unmeasured(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
                 "rows": 0,
             }
         )
-    rest = [c for c in silent if c not in unscored]
+    given = [c for c in DISTANCES if c in filled]
+    instead = [c for c in silent if c in DISTANCES] if given else []
+    if instead:
+        why = f"this run's samples are compared by {', '.join(given)}"
+        found.append({"columns": instead, "reason": why, "phases": ["quality"], "rows": 0})
+    rest = [c for c in silent if c not in unscored and c not in instead]
     if rest:
         found.append({"columns": rest, "reason": "null in every row; no reason was recorded", "phases": [], "rows": 0})
     return found

@@ -6,6 +6,7 @@ Each kind of table is laid out once (``layout``); every output form prints the s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -81,9 +82,13 @@ def percent(value: float, signed: bool = True) -> str:
 
 
 def in_unit(value: float, unit: str, size: int) -> str:
+    """Bytes in a unit from ``byte_unit``, without its name; what is too little to show is not 0."""
     if math.isnan(value):
         return UNKNOWN
-    return f"{value / size:,.{2 if unit == 'GiB' else 0 if value >= 100 * size else 1}f}"
+    if value == 0:
+        return "0"
+    digits = 2 if unit == "GiB" else 0 if value >= 100 * size else 1
+    return f"{value / size:,.{digits}f}" if value >= 0.5 * size / 10**digits else f"<{10**-digits:.{digits}f}"
 
 
 def to_rich(sheet: Sheet, width: int | None = None) -> Table:
@@ -120,7 +125,8 @@ def to_rich(sheet: Sheet, width: int | None = None) -> Table:
 
 def markdown_escape(text: str) -> str:
     """Text that Markdown prints as it stands, in a table's cell too."""
-    return "".join({"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(c) or (f"\\{c}" if c in "\\|`*[]_" else c) for c in text)
+    escaped = "".join({"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(c) or (f"\\{c}" if c in "\\|`*[]" else c) for c in text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", escaped)  # within a word an underscore is plain text
 
 
 def to_markdown(sheet: Sheet) -> str:

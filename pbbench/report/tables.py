@@ -28,6 +28,7 @@ STEPS = {"train": "train_step", "sample": "sample_step"}
 # Distances by honest name, best first; other *_distance keys of a cell's metrics follow these.
 DISTANCES = (
     "frechet_inception_distance",
+    "few_images_inception_frechet_distance",
     "unverified_inception_frechet_distance",
     "random_features_frechet_distance",
     "kernel_inception_distance_mean",
@@ -268,3 +269,10 @@ def predictions(cells: Iterable[CellResult]) -> pd.DataFrame:
             if not math.isnan(line["predicted_allocated_bytes"]) or not math.isnan(line["predicted_reserved_bytes"]):
                 lines.append(line)
     return pd.DataFrame(lines)
+
+
+def unsteadiness(cells: Iterable[CellResult]) -> float:
+    """The largest ratio of the slowest to the fastest measured step within one cell: 1 is a perfectly quiet machine; NaN
+    where the cells keep no step times."""
+    times = [finite(steps) for c in cells for steps in (c.details.get("step_seconds") or {}).values()]
+    return max((max(steps) / min(steps) for steps in times if len(steps) > 1 and min(steps) > 0), default=math.nan)
