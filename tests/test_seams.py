@@ -73,7 +73,8 @@ def test_null_without_borders(scenes: torch.Tensor) -> None:
 
 
 def test_photographs_have_the_known_figures(shared: Path) -> None:
-    """A thousand CIFAR-10 JPEGs: raw 1.19, 1.13, 1.06 (± 0.01 from thousand to thousand); shuffled near 3.7 (a score above 3); a blur leaves the score near 1."""
+    """A thousand CIFAR-10 JPEGs: raw 1.19, 1.13, 1.06 (± 0.01 from thousand to thousand); shuffled near 3.7 (a score above
+    3); a blur leaves the score near 1."""
     photographs = open_images(str(shared / "data" / "cifar10-test.zip"), (32, 32))
     order = torch.randperm(len(photographs), generator=torch.Generator().manual_seed(0))
     one, two = photographs.batch(order[:1000].numpy()), photographs.batch(order[1000:2000].numpy())
