@@ -63,6 +63,9 @@ def decode(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 def check_header(file: IO[bytes]) -> None:
     """Raises, like ``decode``, where the start of a file already tells that it cannot be decoded. Reads no pixels."""
+    if not file.read(1):
+        raise ValueError("empty file")
+    file.seek(0)
     with Image.open(file, formats=FORMATS) as image:
         _check_pixels(image.width, image.height)
 
