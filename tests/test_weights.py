@@ -102,6 +102,13 @@ def test_without_a_network_one_line_within_seconds(network: Any, nothing_there: 
         assert part in message
 
 
+def test_messages_do_not_name_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    with pytest.raises(MissingWeightsError, match=r" ~/torch-home/hub/checkpoints/") as caught:
+        resolve_inception_weights(allow_download=False)
+    assert str(tmp_path) not in str(caught.value)
+
+
 def test_download_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("it asked the network"))
     with pytest.raises(MissingWeightsError, match="switched off"):

@@ -191,5 +191,10 @@ def _missing(why: str) -> str:
 def _remedy() -> str:
     return (
         f"fetch {WEIGHTS_URL} on a machine with a network, then give it with --inception-weights FILE or "
-        f"{WEIGHTS_VARIABLE}=FILE, or put it at {hub_cache()}"
+        f"{WEIGHTS_VARIABLE}=FILE, or put it at {_shown(hub_cache())}"
     )
+
+
+def _shown(path: Path) -> str:
+    """With ~ for the home folder: these messages end up in results that people publish."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
