@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pbbench.config import Experiment, TrainingConfig, differences, load_experiment, parse_experiment
-from pbbench.errors import InputError
+from pbbench.errors import InputError, one_line
 from pbbench.model.unet import PatchUNet
 from pbbench.training.checkpoint import checkpoints_of, read_config
 
@@ -95,10 +95,15 @@ _MAY_DIFFER = (
 
 def check_folder(out: Path, experiment: Experiment, resume: bool) -> Path | None:
     """The checkpoint to go on from; None to begin. Raises InputError where ``out`` holds anything else."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; name a new folder for the run")
-    if not out.exists() or not any(out.iterdir()):
-        return None
+    try:
+        if not out.exists():
+            return None
+        if not out.is_dir():
+            raise InputError(f"{out} is a file; name a new folder for the run")
+        if not any(out.iterdir()):
+            return None
+    except OSError as error:
+        raise InputError(f"cannot read {out} ({one_line(error)}); name another folder") from None
     if not resume:
         raise InputError(f"{out} is not empty; go on with --resume, or name a new folder")
     if not (out / "experiment.toml").is_file():

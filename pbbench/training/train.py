@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pbbench.config import Experiment, resolve_patch_batch_size
-from pbbench.errors import InputError
+from pbbench.errors import InputError, one_line
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.patching import row_chunks, split
 from pbbench.model.unet import PatchUNet
@@ -119,9 +119,9 @@ def train(
     """
     out = Path(out)
     accelerator = build_accelerator(experiment, experiment.device, out=out)
+    stop = StopSignals()
     try:
-        with StopSignals() as stop:
-            result = _train(experiment, out, accelerator, resume, progress, show_bar, stop)
+        result = _train(experiment, out, accelerator, resume, progress, show_bar, stop)
     finally:
         # gloo sometimes aborts at exit unless DDP's object is gone before the process group is.
         accelerator.free_memory()
@@ -191,13 +191,16 @@ class _Run:
         folder = checkpoints.step_folder(self.out, self.step)
         if self.accelerator.is_main_process and folder not in checkpoints.checkpoints_of(self.out):
             scaler = self.accelerator.scaler
+            state = {
+                "num_processes": self.accelerator.num_processes,
+                "data_fingerprint": self.fingerprint,
+                "loss": self.loss if math.isfinite(self.loss) else None,
+                "seconds": seconds,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
             checkpoints.write_checkpoint(
                 folder, model=self.bare, ema_model=self.ema.model, experiment=self.experiment, step=self.step,
-                images_seen=self.step * self.images_per_step, optimizer=self.adam,
-                state={
-                    "num_processes": self.accelerator.num_processes, "data_fingerprint": self.fingerprint, "loss": self.loss,
-                    "seconds": seconds, "scaler": scaler.state_dict() if scaler is not None else None,
-                },
+                images_seen=self.step * self.images_per_step, optimizer=self.adam, state=state,
             )  # fmt: skip
             checkpoints.prune(self.out)
         self.accelerator.wait_for_everyone()
@@ -207,7 +210,8 @@ class _Run:
         state = checkpoints.load_training_state(folder, model=self.bare, ema_model=self.ema.model, optimizer=self.adam)
         try:
             processes, fingerprint, scaler = state["num_processes"], state["data_fingerprint"], state["scaler"]
-            self.step, self.loss, self.seconds = int(state["step"]), float(state["loss"]), float(state["seconds"])
+            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self.loss = math.nan if state["loss"] is None else float(state["loss"])
             if self.accelerator.scaler is not None and scaler is not None:
                 self.accelerator.scaler.load_state_dict(scaler)
         except (KeyError, TypeError, ValueError) as error:
@@ -240,8 +244,11 @@ def _train(
     )  # fmt: skip
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
     if accelerator.is_main_process:
-        write_text(out / "experiment.toml", experiment.to_toml())
-        checkpoints.prune(out)
+        try:
+            write_text(out / "experiment.toml", experiment.to_toml())
+            checkpoints.prune(out)
+        except OSError as error:
+            raise InputError(f"cannot write to {out} ({one_line(error)}); name another folder") from None
     if section.trackers:
         accelerator.init_trackers("pbbench", config={"experiment": experiment.to_toml()})
     main = accelerator.is_main_process
@@ -250,7 +257,8 @@ def _train(
     pending: list[Tensor] = []
     bad, status, stopping = 0, "ok", False
     started = time.monotonic() - run.seconds
-    with Progress(progress if main else None, show_bar and main, section.num_steps, run.step, run.images_per_step) as reporter:
+    reporter = Progress(progress if main else None, show_bar and main, section.num_steps, run.step, run.images_per_step)
+    with stop, reporter:
         while run.step < section.num_steps and not stopping:
             pending.append(run.optimizer_step(batches))
             last = run.step == section.num_steps
