@@ -114,7 +114,7 @@ def _what_fits(size: tuple[int, int], d: int, levels: int) -> str:
     """The sizes, dividers and depths that would fit, each with the other two left as they are."""
     unit, smallest = d * 2 ** (levels - 1), min(size)
     sizes = tuple(max(unit, round(side / unit) * unit) for side in size)
-    parts = [f"image_size {_size_text(sizes)} would fit"]  # type: ignore[arg-type]
+    parts = [f"image_size {_size_text(sizes)} would fit"]
     dividers = [e for e in range(1, smallest + 1) if all(side % (e * 2 ** (levels - 1)) == 0 for side in size)]
     if dividers:
         parts.append(f"or patch_divider {', '.join(map(str, dividers))}")

@@ -5,8 +5,11 @@ torch is not imported here unless a test needs it, so that the tests of reports 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes that tests start inherit it
 
 import pytest
 

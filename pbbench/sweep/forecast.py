@@ -53,26 +53,27 @@ def forecast(experiment: Experiment, cell: Cell) -> Forecast:
 
 def forecast_table(experiment: Experiment, cells: list[Cell]) -> Table:
     """One line per cell; quality cells are listed with what they will do."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     height, width = experiment.model.size
-    table = Table(
-        title=f"Predicted peaks of live tensor bytes: dim {experiment.model.dim}, {height} × {width}", title_justify="left"
-    )
-    for name in ("cell", "d", "patches a pass", "batch", "sample", "its activations", "train", "its activations"):
-        table.add_column(name, justify="left" if name == "cell" else "right")
+    title = f"Predicted peaks: {height} × {width} images, dim {experiment.model.dim}, widths × {experiment.model.dim_mults}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, caption_justify="left")
+    table.add_column("cell", no_wrap=True)
+    for name in ("sampling\npeak", "its\nactivations", "training\npeak", "its\nactivations"):
+        table.add_column(name, justify="right", no_wrap=True)
     for cell in cells:
-        start = [cell.id, str(cell.patch_divider), str(cell.patch_batch_size), str(cell.batch_size)]
-        if cell.kind == "quality":
-            table.add_row(
-                *start, f"trains {experiment.training.num_steps:,} steps, scores {experiment.quality.num_images:,} images"
-            )
-            continue
-        found = forecast(experiment, cell)
-        for live in (found.sample_step, found.train_step):
-            start += [format_bytes(live.peak_bytes), format_bytes(live.by_category["activation"])]
-        table.add_row(*start)
+        if cell.kind == "measure":
+            found = forecast(experiment, cell)
+            peaks = [(live.peak_bytes, live.by_category["activation"]) for live in (found.sample_step, found.train_step)]
+            table.add_row(cell.id, *(format_bytes(count) for pair in peaks for count in pair))
+        else:
+            table.add_row(cell.id, "–", "–", "–", "–")
     table.caption = (
-        "Live bytes: tensors only, each storage rounded up to 512 bytes; not the allocator's reserve, workspaces or context."
+        "d: divider, p: patches a pass, b: batch size, then the precision. Live tensor bytes, each storage rounded up to 512; "
+        "the allocator's reserve, workspaces and the CUDA context come on top."
     )
+    if any(cell.kind == "quality" for cell in cells):
+        budget = f"{experiment.training.num_steps:,} steps of {experiment.training.batch_size} images"
+        table.caption += f" A quality cell trains {budget} and scores {experiment.quality.num_images:,} samples."
     return table

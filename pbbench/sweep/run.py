@@ -24,7 +24,7 @@ from pbbench.config import Experiment, differences, parse_experiment, read_toml
 from pbbench.errors import InputError, one_line
 from pbbench.records import CellResult, Row, read_cell, write_cell, write_json, write_text
 from pbbench.sweep.grid import Cell, plan
-from pbbench.sweep.worker import base_row
+from pbbench.sweep.rows import base_row
 
 
 class Listener(Protocol):

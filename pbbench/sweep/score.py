@@ -14,7 +14,7 @@ from pbbench.config import Experiment
 from pbbench.errors import InputError
 from pbbench.records import COLUMNS
 from pbbench.sweep.grid import Cell
-from pbbench.sweep.worker import Emit, NanLossError, base_row
+from pbbench.sweep.rows import Emit, NanLossError, base_row
 
 GRID_IMAGES = 36
 
@@ -92,16 +92,14 @@ def _score(
     samples: Any, reference: Any, experiment: Experiment, cell: Cell, device: str, run: Path
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Scores under their honest names, the seam score, and why the others are null."""
-    from pbbench.quality.fid import resolve_inception_weights, score
+    from pbbench.quality.fid import MissingWeightsError, resolve_inception_weights, score
     from pbbench.quality.seams import seam_score
 
     quality = experiment.quality
     reasons: dict[str, str] = {}
     try:
         weights = resolve_inception_weights(quality.inception_weights)
-    except InputError as error:
-        if quality.inception_weights is not None:
-            raise
+    except MissingWeightsError as error:
         weights = None
         reasons["frechet_inception_distance"] = reasons["kernel_inception_distance_mean"] = f"no Inception weights: {error}"
     scores = score(
@@ -116,9 +114,12 @@ def _score(
         seed=experiment.sampling.seed,
         cache=run / "checkpoints" / "statistics",
     )
-    scores["seam_score"] = seam_score(samples, reference, cell.patch_divider)
-    if scores["seam_score"] is None:
-        reasons["seam_score"] = "undefined without patch borders (d = 1)"
+    try:
+        scores["seam_score"] = seam_score(samples, reference, cell.patch_divider)
+        if scores["seam_score"] is None:
+            reasons["seam_score"] = "undefined without patch borders (d = 1)"
+    except InputError as error:  # flat samples, or patches of one pixel
+        reasons["seam_score"] = str(error)
     reasons |= {name: why for name, why in scores["reasons"].items() if name in COLUMNS}
     if scores.get("frechet_inception_distance") is None:
         reasons.setdefault("frechet_inception_distance", "; ".join(scores["notes"]) or "not asked for")

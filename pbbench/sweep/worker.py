@@ -17,61 +17,14 @@ import statistics
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 from pbbench.config import Experiment, parse_experiment
-from pbbench.errors import InputError, one_line
+from pbbench.errors import InputError
 from pbbench.records import CATEGORIES, Row
 from pbbench.sweep.grid import Cell
-
-Emit = Callable[..., None]
-
-
-def base_row(experiment: Experiment, cell: Cell, device: str) -> dict[str, Any]:
-    """The columns that every row of a cell shares."""
-    model = experiment.model
-    return {
-        "cell": cell.id,
-        "repeat": cell.repeat,
-        "device": device,
-        "image_size": f"{model.size[0]}×{model.size[1]}",
-        "dim": model.dim,
-        "dim_mults": ",".join(map(str, model.dim_mults)),
-        "patch_divider": cell.patch_divider,
-        "patch_batch_size": cell.patch_batch_size,
-        "batch_size": cell.batch_size,
-        "gradient_accumulation_steps": experiment.training.gradient_accumulation_steps,
-        "mixed_precision": cell.mixed_precision,
-        "seed": experiment.seed,
-    }
-
-
-METERS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes", "peak_device_bytes", "peak_rss_bytes")
-
-
-def columns_of(reading: Any) -> dict[str, Any]:
-    """A meter's reading as columns of a row."""
-    return {**{name: getattr(reading, name) for name in METERS}, "reasons": dict(reading.reasons)}
-
-
-class NanLossError(Exception):
-    """Training's loss is no longer a number; the message says at which step."""
-
-
-def failure(error: BaseException, phase: str) -> tuple[str, dict[str, Any]]:
-    """(status, what happened) of an exception."""
-    from pbbench.memory.cuda import describe_out_of_memory
-
-    told = {"phase": phase, "type": type(error).__name__, "message": one_line(error)[:600]}
-    if isinstance(error, NanLossError):
-        return "nan_loss", told
-    memory = describe_out_of_memory(error)
-    if memory is not None:
-        return "out_of_memory", told | memory
-    return "crashed", told | {"traceback": traceback.format_exc(limit=-6)}
+from pbbench.sweep.rows import Emit, base_row, columns_of, failure, unmeasured, with_reason
 
 
 def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) -> None:
@@ -100,18 +53,12 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) ->
                 if isinstance(error, InputError):
                     raise
                 status, told = failure(error, current)
-                emit("row", row={**common, "status": status, "phase": phase, **_unmeasured(status, told)})
+                emit("row", row={**common, "status": status, "phase": phase, **unmeasured(status, told)})
                 emit("error", status=status, error=told)
             del work
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-
-
-def _unmeasured(status: str, told: dict[str, Any]) -> dict[str, Any]:
-    why = f"{status}: {told['message'][:200]}"
-    measured = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_live_bytes", "seconds_per_step", "images_per_second")
-    return {"reasons": dict.fromkeys(measured, why)}
 
 
 def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, common: dict[str, Any], emit: Emit) -> None:
@@ -145,7 +92,7 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
             "temperature": "cold",
             "seconds_per_step": cold.seconds,
             "images_per_second": work.images / cold.seconds,
-            **_with_reason(columns_of(cold), "peak_live_bytes", untraced),
+            **with_reason(columns_of(cold), "peak_live_bytes", untraced),
         },
     )
     emit(
@@ -159,11 +106,11 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
             "flops_per_image": flops.get_total_flops() // work.images,
             "peak_live_bytes": live.peak_bytes,
             **{f"{name}_bytes": live.by_category[name] for name in CATEGORIES},
-            **_with_reason(columns_of(warm), "predicted_allocated_bytes", "pbbench predict gives it"),
+            **with_reason(columns_of(warm), "predicted_allocated_bytes", "pbbench predict gives it"),
         },
     )
     inner = "only live tensors are counted within a step; the meters read whole steps"
-    for name, peak in live.phases.items():
+    for name, peak in live.phases.items() if phase == "train_step" else ():
         columns = {"peak_live_bytes": peak.peak_bytes, **{f"{key}_bytes": peak.by_category[key] for key in CATEGORIES}}
         reasons = dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes", "seconds_per_step"), inner)
         emit("row", row={**common, "phase": name, "temperature": "warm", **columns, "reasons": reasons})
@@ -175,10 +122,6 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
         step_seconds={phase: times},
         ledger={phase: warm.ledger},
     )
-
-
-def _with_reason(columns: dict[str, Any], name: str, why: str) -> dict[str, Any]:
-    return {**columns, "reasons": {**columns.get("reasons", {}), name: why}}
 
 
 def run_job(job: dict[str, Any], emit: Emit) -> None:
@@ -195,7 +138,7 @@ def run_job(job: dict[str, Any], emit: Emit) -> None:
     except Exception as error:
         phase = "quality" if cell.kind == "quality" else "load"
         status, told = failure(error, phase)
-        row = {**base_row(experiment, cell, job["device"]), "status": status, "phase": phase, **_unmeasured(status, told)}
+        row = {**base_row(experiment, cell, job["device"]), "status": status, "phase": phase, **unmeasured(status, told)}
         emit("row", row=row)
         emit("error", status=status, error=told)
     emit("done")

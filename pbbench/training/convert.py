@@ -8,7 +8,7 @@ from pathlib import Path
 from pbbench.config import Experiment
 from pbbench.errors import InputError, one_line
 from pbbench.model.reference import load_reference, parse_reference_config, read_reference_checkpoint
-from pbbench.training.checkpoint import save_checkpoint
+from pbbench.training.checkpoint import write_checkpoint
 
 
 def convert_reference(config_file: Path, checkpoint_file: Path, out: Path) -> Path:
@@ -36,7 +36,7 @@ def convert_reference(config_file: Path, checkpoint_file: Path, out: Path) -> Pa
     batch = trainer.get("train_batch_size")
     seen = step * batch if isinstance(step, int) and isinstance(batch, int) else None
     experiment = Experiment(name="converted-reference", model=model_config, diffusion=diffusion_config)
-    save_checkpoint(
+    write_checkpoint(
         out, model=model, ema_model=ema, experiment=experiment, step=step if isinstance(step, int) else 0, images_seen=seen
     )
     return out
