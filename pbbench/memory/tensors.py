@@ -10,7 +10,6 @@ What an operator allocates and frees inside itself (workspaces) is not seen, and
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,15 +24,7 @@ from torch.utils._pytree import tree_leaves
 from pbbench.memory.modules import RunningModule, in_backward
 from pbbench.memory.storages import Book, Event, plain_parts, rounded
 
-_aten = torch.ops.aten
-_SCALAR_OVER_FULL_STORAGE = {
-    _aten.mse_loss.default,
-    _aten.smooth_l1_loss.default,
-    _aten.binary_cross_entropy.default,
-    _aten.soft_margin_loss.default,
-}
-"""Their kernels write the elementwise loss into the result's storage and, when they reduce, shrink only its shape (torch's
-Loss.cpp and Loss.cu). Their fake versions return a mere scalar, so its size is put right here."""
+_LIFT_FRESH = torch.ops.aten.lift_fresh.default
 
 
 @dataclass(frozen=True)
@@ -82,8 +73,8 @@ class LiveTensorTracer(TorchDispatchMode):
     device: only its tensors are counted. None: the device of the first parameter, else of the first input, else all.
     record_events: keep every allocation and free (``LiveTrace.events``).
 
-    A storage that only a Python reference cycle holds stays live until Python's collector runs, with the tracer as without;
-    earlier garbage is collected at the start.
+    A storage that only a Python reference cycle holds stays live until Python's collector runs, with the tracer as without.
+    Garbage from before the run is not counted, because nobody registers it and no operator uses it.
     """
 
     def __init__(
@@ -108,7 +99,6 @@ class LiveTensorTracer(TorchDispatchMode):
     def __enter__(self) -> LiveTensorTracer:
         if self._hooks is not None:
             raise RuntimeError("a LiveTensorTracer runs once; make a new one")
-        gc.collect()
         parameters = list({id(p): p for root in self._roots.values() for p in root.parameters()}.values())
         self._register(parameters, "parameter")
         self._register((buffer for root in self._roots.values() for buffer in root.buffers()), "parameter")
@@ -170,20 +160,20 @@ class LiveTensorTracer(TorchDispatchMode):
         for kind in types:
             if hasattr(kind, "__tensor_flatten__"):
                 return NotImplemented  # a wrapper (DTensor, quantised): it comes back as operators on its parts
-        if func is not _aten.lift_fresh.default:  # whose argument torch.tensor() has just made, out of sight
+        if func is not _LIFT_FRESH:  # whose argument torch.tensor() has just made, out of sight
             self._find_unregistered(args)
             if kwargs:
                 self._find_unregistered(kwargs.values())
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, torch.Tensor):
-            self._see(result, func, args)
+            self._see(result, func)
         elif isinstance(result, (list, tuple)):
             for item in result:
                 if isinstance(item, torch.Tensor):
-                    self._see(item, func, args)
+                    self._see(item, func)
                 elif isinstance(item, (list, tuple)):
                     for tensor in item:
-                        self._see(tensor, func, args)
+                        self._see(tensor, func)
         return result
 
     def _find_unregistered(self, args: Iterable[Any]) -> None:
@@ -212,12 +202,12 @@ class LiveTensorTracer(TorchDispatchMode):
             return True
         return device.type == wanted.type and (wanted.index is None or device.index in (None, wanted.index))
 
-    def _see(self, tensor: torch.Tensor, func: Any, args: Any) -> None:
+    def _see(self, tensor: torch.Tensor, func: Any) -> None:
         try:
             storage = tensor.untyped_storage()
         except NotImplementedError:
             for part in plain_parts(tensor):
-                self._see(part, func, args)
+                self._see(part, func)
             return
         nbytes = storage.nbytes()
         allocation = self._book.allocation_of(storage)
@@ -225,16 +215,11 @@ class LiveTensorTracer(TorchDispatchMode):
             if nbytes > allocation.nbytes:  # resize_ and out= grow a storage in place
                 self._book.resized(storage, nbytes, str(func))
         elif self._counts(tensor):
-            if func in _SCALAR_OVER_FULL_STORAGE and tensor.dim() == 0 and storage.device.type == "meta":
-                nbytes = _elementwise_bytes(args)
-            self._made(storage, nbytes, func)
-
-    def _made(self, storage: torch.UntypedStorage, nbytes: int, func: Any) -> None:
-        book = self._book
-        if book.phase != "backward" and in_backward():
-            book.enter_phase("backward")
-        category = "other" if book.phase == "optimizer" else "activation"
-        book.allocated(storage, nbytes, category, self._running.name(), str(func))
+            book = self._book
+            if book.phase != "backward" and in_backward():
+                book.enter_phase("backward")
+            category = "other" if book.phase == "optimizer" else "activation"
+            book.allocated(storage, nbytes, category, self._running.name(), str(func))
 
     # -- what the hooks tell
 
@@ -301,12 +286,6 @@ def _tensors_in(tree: Any) -> Iterator[torch.Tensor]:
 
 def _state_tensors(optimizer: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
-
-
-def _elementwise_bytes(args: Any) -> int:
-    """The bytes of a loss before its reduction: the operands' common shape in their common type."""
-    shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
-    return shape.numel() * torch.promote_types(args[0].dtype, args[1].dtype).itemsize
 
 
 def _watch_resizing(book: Book) -> Callable[[], None]:
