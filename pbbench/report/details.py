@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +28,7 @@ def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
             columns.append(Column(quality_header(name), texts, title=quality_label(name)))
     rows = [next((r for r in c.rows if r.phase == "quality"), None) for c in scored]
     columns.append(Column(("images scored",), [whole(r.num_images if r else None) for r in rows]))
-    columns.append(Column(("reference images",), [_count(c.details.get("num_reference_images")) for c in scored]))
+    columns.append(Column(("reference images",), [whole(c.details.get("num_reference_images")) for c in scored]))
     columns.append(Column(("training images seen",), [whole(r.images_seen if r else None) for r in rows]))
     samplers = [f"{r.sampler}, {whole(r.num_inference_steps)} steps" if r and r.sampler else UNKNOWN for r in rows]
     columns.append(Column(("sampler",), samplers, numeric=False))
@@ -40,10 +41,6 @@ def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
             columns.append(Column((header,), [number(c.details.get(name)) for c in scored]))
     columns.append(Column(("status",), [c.status.replace("_", " ") for c in scored], numeric=False))
     return Sheet("Quality of each divider", columns)
-
-
-def _count(value: Any) -> str:
-    return whole(value) if isinstance(value, int | float) else UNKNOWN
 
 
 def bands_sheet(cells: Sequence[CellResult]) -> Sheet | None:
@@ -75,11 +72,9 @@ def failure_sheet(cells: Sequence[CellResult]) -> Sheet | None:
         "cause": [f["cause"] for f in found],
     }
     columns = [Column((name,), values, numeric=False) for name, values in texts.items()]
-    if any(f["bytes"] for f in found):
-        columns += [
-            Column((k,), [format_bytes(f["bytes"].get(k)) for f in found])
-            for k in ("requested", "free", "allocated", "reserved")
-        ]
+    for name in missing.OUT_OF_MEMORY:
+        if any(name in f["bytes"] for f in found):
+            columns.append(Column((name,), [format_bytes(f["bytes"].get(name)) for f in found]))
     return Sheet("What failed", columns)
 
 
@@ -144,3 +139,34 @@ def prediction_sheet(cells: Sequence[CellResult]) -> Sheet | None:
 
 def _size(value: float) -> str:
     return format_bytes(None if pd.isna(value) else int(value))
+
+
+def ledger_sheet(cells: Sequence[CellResult]) -> Sheet | None:
+    """What lay between the meters at one synchronised instant after each warm step: requested ≤ allocated ≤ reserved ≤ this
+    process ≤ the whole device, by their differences. From the first repeat; None where no allocator was read."""
+    lines = []
+    for named, members in tables.configurations(cells):
+        passes = tables.passes(named["patch_batch_size"], named["batch_size"], named["patch_divider"])
+        for phase in tables.STEPS.values():
+            ledger = (members[0].details.get("ledger") or {}).get(phase) or {}
+            held = ledger.get("closing") or {}
+            if held.get("allocated") is None:
+                continue
+            steps = ("requested", "allocated", "reserved", "process", "device")
+            gaps = [_difference(held, low, high) for low, high in itertools.pairwise(steps)]
+            gap = (ledger.get("nvml") or {}).get("longest_gap_s")
+            texts = [format_bytes(v) for v in (held.get("requested"), *gaps, held.get("device"))]
+            name = f"d = {named['patch_divider']}, {passes}"
+            lines.append((name, phase.replace("_", " "), *texts, number(1000 * gap) if gap is not None else UNKNOWN))
+    if not lines:
+        return None
+    headers = ["configuration", "step", "requested", "+ rounding", "+ cache", "+ context and libraries", "+ other processes"]
+    headers += ["= device", "NVML's longest gap (ms)"]
+    columns = [
+        Column((h,), list(texts), i > 1) for i, (h, texts) in enumerate(zip(headers, zip(*lines, strict=True), strict=True))
+    ]
+    return Sheet("The ledger after each step", columns, ["What is held once the step has ended; the peaks above are larger."])
+
+
+def _difference(held: dict[str, Any], low: str, high: str) -> int | None:
+    return held[high] - held[low] if held.get(high) is not None and held.get(low) is not None else None

@@ -130,16 +130,15 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
     extractors = sorted({r.extractor for c in scored for r in c.rows if r.extractor})
     if extractors:
         said.append(f"Feature extractor: {', '.join(extractors)}.")
-    return said
+    told = dict.fromkeys(str(note) for c in scored for note in (c.details.get("metrics") or {}).get("notes") or [])
+    return said + [f"On the scores: {note}." for note in told]
 
 
 def meters_used(cells: Sequence[CellResult]) -> list[str]:
-    """The meters that gave a reading, as the cells describe them, or else by column."""
-    described = dict.fromkeys(str(text) for c in cells for text in c.details.get("meters") or [])
-    if described:
-        return list(described)
+    """The meters that gave a reading, in words and by column, and what the cells add about them."""
     frame = tables.meters(cells)
-    return [f"{text} ({name})" for name, text in tables.METERS.items() if name in frame]
+    described = dict.fromkeys(str(text) for cell in cells for text in cell.details.get("meters") or [])
+    return [f"{text} ({name})" for name, text in tables.METERS.items() if name in frame] + list(described)
 
 
 def machine(environment: dict[str, Any]) -> list[tuple[str, str]]:

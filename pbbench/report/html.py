@@ -35,6 +35,7 @@ def contents(
         "failures": details.failure_sheet(cells),
         "meters": layout.meters_sheet(cells),
         "meters_used": facts.meters_used(cells),
+        "ledger": details.ledger_sheet(cells),
         "predictions": details.prediction_sheet(cells),
         "modules": details.module_sheet(cells),
         "machine": _pairs("Machine and versions", facts.machine(environment)),

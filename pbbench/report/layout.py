@@ -17,6 +17,8 @@ QUALITY_HEADERS = {
     "unverified_inception_frechet_distance": ("Fréchet,", "unverified", "Inception"),
     "random_features_frechet_distance": ("Fréchet,", "random", "features"),
     "kernel_inception_distance_mean": ("KID",),
+    "unverified_inception_kernel_distance_mean": ("kernel,", "unverified", "Inception"),
+    "random_features_kernel_distance_mean": ("kernel,", "random", "features"),
     "precision": ("preci-", "sion"),
     "recall": ("recall",),
     "seam_score": ("seam", "score"),
@@ -88,7 +90,7 @@ def fixed_settings(frame: pd.DataFrame) -> str:
 
 
 def quality_header(name: str) -> tuple[str, ...]:
-    return QUALITY_HEADERS.get(name) or tuple(name.split("_"))
+    return QUALITY_HEADERS[name]
 
 
 def quality_label(name: str) -> str:
@@ -99,6 +101,8 @@ def quality_label(name: str) -> str:
         "unverified_inception_frechet_distance": "Fréchet distance, unverified Inception weights (not FID)",
         "random_features_frechet_distance": "Fréchet distance, random features (not FID)",
         "kernel_inception_distance_mean": "KID",
+        "unverified_inception_kernel_distance_mean": "kernel distance, unverified Inception weights (not KID)",
+        "random_features_kernel_distance_mean": "kernel distance, random features (not KID)",
         "held_out_loss": "held-out denoising loss",
     }
     return words.get(name, name.replace("_", " "))
@@ -121,7 +125,7 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
             errors = [percent(v) for v in frame[f"{short}_prediction_error"]]
             columns.append(Column(("pred.", "error"), errors, rank=5, title=f"{short} prediction error"))
     columns += [_rate_column((short,), frame, f"{short}_images_per_second", rank=2) for short in tables.STEPS]
-    scored = [n for n in frame.columns if n in tables.QUALITY or n.endswith("_distance")]
+    scored = [name for name in tables.QUALITY if name in frame]
     main = tables.distance_column(frame)
     for name in scored:
         if name in ("num_images", "images_seen"):

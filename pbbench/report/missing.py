@@ -8,20 +8,28 @@ from typing import Any
 from pbbench.records import COLUMNS, CellResult, Row
 from pbbench.report.tables import DISTANCES, QUALITY, finite, results
 
+OUT_OF_MEMORY = ("requested", "free", "capacity", "allocated", "reserved")
+"""Byte counts that the error of a failed cell may hold."""
+
 
 def failures(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
-    """One entry per cell that failed: cell, status, phase, cause (one line), and the error's byte counts where it has them."""
+    """One entry per failed row, or per failed cell that has none: cell, status, phase, cause (one line), and the error's byte
+    counts where it has them. A cell keeps the error of its last failure; an earlier one is told by its row's reasons."""
     found = []
     for cell in cells:
-        row = next((r for r in cell.rows if r.status != "ok"), None)
-        if cell.status == "ok" and row is None:
-            continue
-        status = cell.status if cell.status != "ok" or row is None else row.status
-        kind, message = cell.error.get("type"), " ".join(str(cell.error.get("message") or "").split())
-        cause = ": ".join(part for part in (kind, message) if part) or "no cause was recorded"
-        counts = {k: cell.error[k] for k in ("requested", "free", "allocated", "reserved") if finite([cell.error.get(k)])}
-        phase = cell.error.get("phase") or (row.phase if row else None)
-        found.append({"cell": cell.id, "status": status, "phase": phase, "cause": cause, "bytes": counts})
+        failed: list[tuple[str, str | None, str]] = [
+            (row.status, row.phase, next(iter(row.reasons.values()), "")) for row in cell.rows if row.status != "ok"
+        ]
+        if cell.status != "ok" and not failed:
+            failed = [(cell.status, cell.error.get("phase"), "")]
+        for i, (status, phase, told) in enumerate(failed):
+            error = cell.error if i == len(failed) - 1 else {}
+            kind, message = error.get("type"), error.get("message")
+            cause = ": ".join(str(part) for part in (kind if kind != status else None, message) if part) or told
+            counts = {k: error[k] for k in OUT_OF_MEMORY if finite([error.get(k)])}
+            where = error.get("phase") or phase
+            cause = " ".join(cause.split()) or "no cause was recorded"
+            found.append({"cell": cell.id, "status": status, "phase": where, "cause": cause, "bytes": counts})
     return found
 
 

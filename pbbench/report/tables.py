@@ -25,13 +25,15 @@ METERS = {
     "peak_live_bytes": "live tensor bytes",
 }
 STEPS = {"train": "train_step", "sample": "sample_step"}
-# Distances by honest name, best first; other *_distance keys of a cell's metrics follow these.
+# Distances by honest name, the one that ranks first; some stand only in a cell's metrics, not in its rows.
 DISTANCES = (
     "frechet_inception_distance",
     "few_images_inception_frechet_distance",
     "unverified_inception_frechet_distance",
     "random_features_frechet_distance",
     "kernel_inception_distance_mean",
+    "unverified_inception_kernel_distance_mean",
+    "random_features_kernel_distance_mean",
 )
 QUALITY = (*DISTANCES, "precision", "recall", "seam_score", "held_out_loss", "num_images", "images_seen")
 
@@ -120,7 +122,7 @@ def quality(cells: Iterable[CellResult]) -> dict[int, dict[str, float]]:
             if row.phase != "quality" or row.status != "ok" or divider is None:
                 continue
             metrics = cell.details.get("metrics") or {}
-            extra = {k: v for k, v in metrics.items() if k not in COLUMNS and (k in DISTANCES or k.endswith("_distance"))}
+            extra = {k: v for k, v in metrics.items() if k in DISTANCES and k not in COLUMNS}
             values = {name: getattr(row, name) for name in QUALITY if name in COLUMNS} | extra
             for name, value in values.items():
                 if finite([value]):
@@ -130,8 +132,7 @@ def quality(cells: Iterable[CellResult]) -> dict[int, dict[str, float]]:
 
 def distance_column(frame: pd.DataFrame) -> str | None:
     """The column that ranks quality (lower is better): the best distance there is, else the held-out loss."""
-    others = [c for c in frame.columns if c.endswith("_distance") and c not in DISTANCES]
-    return next((c for c in (*DISTANCES, *others, "held_out_loss") if c in frame and frame[c].notna().any()), None)
+    return next((c for c in (*DISTANCES, "held_out_loss") if c in frame and frame[c].notna().any()), None)
 
 
 def _status(cells: Sequence[CellResult]) -> str:
@@ -161,7 +162,9 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     column = memory_column(cells)
     groups, scores = configurations(cells), quality(cells)
     judged = {axis(c, "patch_divider"): c for c in cells if c.kind == "quality"}
-    for divider in sorted(set(judged) - {settings["patch_divider"] for settings, _ in groups}):  # scored, never measured
+    for divider in sorted(
+        {d for d in judged if d} - {settings["patch_divider"] for settings, _ in groups}
+    ):  # scored, never measured
         groups.append(({"patch_divider": divider}, []))
     repeated = any(len(members) > 1 for _, members in groups)
     lines = []
@@ -194,7 +197,7 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
 
 def quality_names(scores: dict[int, dict[str, float]]) -> list[str]:
     present = {name for named in scores.values() for name in named}
-    return [n for n in QUALITY if n in present] + sorted(present - set(QUALITY))
+    return [name for name in QUALITY if name in present]
 
 
 def _with_change(frame: pd.DataFrame) -> pd.DataFrame:
