@@ -6,6 +6,7 @@ are null, with the reason under ``reasons``. ``fingerprint`` is the part that mu
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from pbbench.errors import InputError
 
 FINGERPRINT = (
     *("device", "gpu", "driver", "cuda", "cudnn", "torch", "python", "machine", "cpu", "cpu_threads"),
-    *("allocator_settings", "tf32", "pbbench", "commit"),
+    *("allocator_settings", "tf32", "pbbench", "code"),
 )
 
 
@@ -91,6 +92,7 @@ def collect(device: str) -> dict[str, Any]:
         "compile": "off",
         "versions": _versions(),
         "pbbench": __version__,
+        "code": _code(),
         **_commit(reasons),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -131,6 +133,15 @@ def _versions() -> dict[str, str | None]:
             return None
 
     return {name: of(name) for name in ("accelerate", "diffusers", "torch-fidelity", "torchvision", "nvidia-ml-py", "numpy")}
+
+
+def _code() -> str:
+    """A hash of the package's own source, which a commit of documentation leaves alone and an edit does not."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _commit(reasons: dict[str, str]) -> dict[str, Any]:
