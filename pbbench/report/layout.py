@@ -134,6 +134,9 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
         columns.append(Column(quality_header(name), [number(v) for v in frame[name]], rank=rank, title=quality_label(name)))
     columns.append(Column(("status",), [s.replace("_", " ") for s in frame["status"]], numeric=False))
     notes = [f"Peaks: {meter}, warm step." + (f" {fixed_settings(frame).capitalize()}." if fixed_settings(frame) else "")]
+    for short in tables.STEPS:
+        if frame[f"{short}_peak_bytes"].notna().any() and not frame[f"{short}_peak_change"].notna().any():
+            notes.append(f"No change of the {short} peak is given: there is none of d = 1 in one pass to compare with.")
     if (frame["repeats"] > 1).any():
         notes.append("Median over repeats (least–most).")
     if main:

@@ -42,11 +42,11 @@ DASHED: Any = (0, (4, 2))
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that none beats, both coordinates being better when smaller, sorted by the first; of equal
-    points the first counts."""
+    """Indices of the points that none beats, both coordinates being better when smaller, sorted by the first; equal points
+    do not beat each other."""
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: points[i]):
-        if not front or points[i][1] < points[front[-1]][1]:
+        if not front or points[i][1] < points[front[-1]][1] or points[i] == points[front[-1]]:
             front.append(i)
     return front
 
@@ -91,14 +91,24 @@ def _fill(passes: str) -> str:
 
 def _name(line: Any) -> str:
     alone = line["patch_divider"] == 1 and line["patches_per_pass"] == "all"
-    return f"d={line['patch_divider']:.0f}" + ("" if alone else f" {line['patches_per_pass']}")
+    passes = line["patches_per_pass"]
+    return f"d={line['patch_divider']:.0f}" + ("" if alone else f" {passes}" if passes in ("all", "index") else f" p={passes}")
 
 
 def _draw_points(panel: _Panel, dividers: Sequence[int], colours: Sequence[str]) -> None:
     for (x, y), (_, line), colour in zip(panel.points, panel.lines.iterrows(), colours, strict=True):
         shape: Any = MARKERS[dividers.index(line["patch_divider"]) % len(MARKERS)]
         fill: dict[str, Any] = {"fillstyle": _fill(line["patches_per_pass"]), "markerfacecoloralt": "white", "color": colour}
-        panel.axes.plot([x], [y], marker=shape, markersize=5, markeredgewidth=0.9, linestyle="none", zorder=3, **fill)
+        panel.axes.plot(
+            [x],
+            [y],
+            marker=shape,
+            markersize=5,
+            markeredgewidth=0.9,
+            linestyle="none",
+            zorder=4 if colour == STRONG else 3,
+            **fill,
+        )
 
 
 def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -> Figure:
@@ -195,14 +205,16 @@ def peak_by_category(frame: pd.DataFrame) -> Figure | None:
             below += heights
         tops = pd.concat([below, lines["measured_peak_bytes"] / size], axis=1).max(axis=1)
         axes.plot(places, lines["measured_peak_bytes"] / size, "D", color="black", markerfacecolor="white", markersize=3)
-        lift = 4.0 if lines["measured_peak_bytes"].notna().any() else 2.0  # clear of the diamond
+        crowded = len(places) > 10
+        lift = (6.0 if crowded else 4.0) if lines["measured_peak_bytes"].notna().any() else 2.0  # clear of the diamond
+        turn = 90 if crowded else 0
         for place, top, total in zip(places, tops, lines["peak_live_bytes"], strict=True):
             number = _short(total, unit, size)
-            axes.annotate(number, (place, top), (0, lift), textcoords="offset points", ha="center", fontsize=6)
-        axes.set_ylim(0, tops.max() * 1.1)
-        axes.set_xlim(min(places) - 0.8, max(places) + 0.8)
-        crowded = len(places) > 8
-        axes.set_xticks(places, list(lines["patches_per_pass"]), fontsize=6, rotation=90 if crowded else 0)
+            axes.annotate(number, (place, top), (0, lift), textcoords="offset points", ha="center", fontsize=6, rotation=turn)
+        axes.set_ylim(0, tops.max() * (1.18 if crowded else 1.1))
+        spare = max(0.8, 2.5 - (places[-1] - places[0]) / 2)  # a single bar does not fill the panel
+        axes.set_xlim(places[0] - spare, places[-1] + spare)
+        axes.set_xticks(places, list(lines["patches_per_pass"]), fontsize=6, rotation=turn)
         axes.tick_params(axis="x", length=0, pad=1.5)
         axes.grid(False, axis="x")
         under = axes.secondary_xaxis(location=0)

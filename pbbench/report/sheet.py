@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +34,9 @@ class Column:
 
     @property
     def width(self) -> int:
-        return max(len(text) for text in (*self.header, *self.cells))
+        """Columns a terminal needs for it; long words are folded."""
+        longest = max(len(text) for text in (*self.header, *self.cells))
+        return longest if self.numeric else min(longest, 18)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Sheet:
 
 def byte_unit(values: Iterable[float]) -> tuple[str, int]:
     """The unit for a column or an axis, by its largest value: (name, bytes)."""
-    largest = max((abs(v) for v in values if not math.isnan(v)), default=0.0)
+    largest = max((abs(v) for v in values if not math.isnan(v)), default=2.0**21)
     return next(((name, size) for name, size in (("GiB", 2**30), ("MiB", 2**20)) if largest >= 2 * size), ("KiB", 2**10))
 
 
@@ -115,9 +117,9 @@ def to_rich(sheet: Sheet, width: int | None = None) -> Table:
         title=sheet.title, caption=" ".join(notes), box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, caption_justify="left"
     )
     for column in shown:
-        table.add_column(
-            "\n".join(column.header), justify="right" if column.numeric else "left", overflow="fold", vertical="bottom"
-        )
+        justify: Literal["left", "right"] = "right" if column.numeric else "left"
+        fit: dict[str, Any] = {"overflow": "fold", "max_width": column.width, "no_wrap": column.numeric}
+        table.add_column("\n".join(column.header), justify=justify, vertical="bottom", **fit)
     for row in zip(*(column.cells for column in shown), strict=True):
         table.add_row(*row)
     return table

@@ -139,13 +139,9 @@ def _status(cells: Sequence[CellResult]) -> str:
     """ok, or what failed in which phase, with a count where only some of the repeats did."""
     failed: dict[str, int] = {}
     for cell in cells:
-        row = next((r for r in cell.rows if r.status != "ok"), None)
-        if cell.status == "ok" and row is None:
-            continue
-        status = cell.status if cell.status != "ok" or row is None else row.status
-        phase = cell.error.get("phase") or (row.phase if row else None)
-        text = f"{status} in {phase}" if phase else status
-        failed[text] = failed.get(text, 0) + 1
+        rows = [f"{row.status} in {row.phase}" for row in cell.rows if row.status != "ok"]
+        for text in rows or ([cell.status] if cell.status != "ok" else []):
+            failed[text] = failed.get(text, 0) + 1
     parts = [text if count == len(cells) else f"{text} ({count} of {len(cells)} repeats)" for text, count in failed.items()]
     return "; ".join(parts) or "ok"
 
@@ -162,10 +158,8 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     column = memory_column(cells)
     groups, scores = configurations(cells), quality(cells)
     judged = {axis(c, "patch_divider"): c for c in cells if c.kind == "quality"}
-    for divider in sorted(
-        {d for d in judged if d} - {settings["patch_divider"] for settings, _ in groups}
-    ):  # scored, never measured
-        groups.append(({"patch_divider": divider}, []))
+    seen = {settings["patch_divider"] for settings, _ in groups}
+    groups += [({"patch_divider": divider}, []) for divider in sorted({d for d in judged if d} - seen)]
     repeated = any(len(members) > 1 for _, members in groups)
     lines = []
     for settings, members in groups:
@@ -183,9 +177,8 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
             measured, predicted = (median(step_values(members, phase, f"{k}_allocated_bytes")) for k in ("peak", "predicted"))
             line[f"{short}_prediction_error"] = predicted / measured - 1 if measured else math.nan
         line |= {name: scores.get(d or 0, {}).get(name, math.nan) for name in quality_names(scores)}
-        failed = [f"quality: {_status([judged[d]])}"] if d in judged and judged[d].status != "ok" else []
-        own = _status(members)
-        line["status"] = "; ".join(([own] if own != "ok" or not failed else []) + failed)
+        failed = [text for text in (_status(members), _status([judged[d]] if d in judged else [])) if text != "ok"]
+        line["status"] = "; ".join(failed) or "ok"
         lines.append(line)
     frame = pd.DataFrame(lines)
     frame = _with_change(frame) if len(frame) else frame
@@ -204,7 +197,7 @@ def _with_change(frame: pd.DataFrame) -> pd.DataFrame:
     """Each peak against d = 1 in one pass at the same batch size and precision; NaN where that was not measured."""
     for short in STEPS:
         whole: dict[Any, float] = {}
-        for _, line in frame[frame["patch_divider"] == 1].iterrows():
+        for _, line in frame[(frame["patch_divider"] == 1) & (frame["patches_per_pass"] == "all")].iterrows():
             whole[(line["batch_size"], line["mixed_precision"])] = line[f"{short}_peak_bytes"]
         bases = [
             whole.get((n, precision), math.nan)
