@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 from pbbench.config import Experiment, Precision, resolve_patch_batch_size
@@ -54,6 +55,8 @@ def plan(experiment: Experiment) -> list[Cell]:
         raise InputError(f"sweep.checkpoints names divider {', '.join(strangers)}, which is not among the sweep's dividers")
     batch_sizes = sweep.batch_sizes or (training.batch_size,)
     precisions = sweep.mixed_precisions or (training.mixed_precision,)
+    if sweep.quality:
+        _check_sources(experiment)
     cells: dict[str, Cell] = {}
     for repeat, divider, setting, batch, precision in product(
         range(sweep.repeats), sweep.dividers, sweep.patch_batch_sizes, batch_sizes, precisions
@@ -67,3 +70,17 @@ def plan(experiment: Experiment) -> list[Cell]:
             name = f"d{divider}-quality"
             cells[name] = Cell(name, "quality", divider, patches, training.batch_size, training.mixed_precision)
     return list(cells.values())
+
+
+def _check_sources(experiment: Experiment) -> None:
+    """What quality cells will need hours later is looked for now. Raises InputError for what is not there."""
+    from pbbench.training.sources import open_source
+
+    if experiment.data.source != "synthetic":
+        open_source(experiment.data.source)
+    for divider, folder in experiment.sweep.checkpoints.items():
+        if not ((Path(folder) / "config.json").is_file() or (Path(folder) / "checkpoints").is_dir()):
+            raise InputError(f"sweep.checkpoints.{divider}: {folder} is not a folder that pbbench train or convert wrote")
+    weights = experiment.quality.inception_weights
+    if weights is not None and not Path(weights).is_file():
+        raise InputError(f"quality.inception_weights: there is no file {weights}")
