@@ -120,10 +120,35 @@ def test_events_too_are_equal() -> None:
         assert told(predict(make, warm=False, record_events=True)) == told(make().trace(record_events=True))
 
 
-def test_warm_is_the_default_where_there_is_an_optimizer() -> None:
-    assert predict(training()) == predict(training(), warm=True)
-    assert predict(training()).start_bytes > predict(training(), warm=False).start_bytes
+def test_warm_is_the_default_and_differs_by_what_the_first_step_leaves() -> None:
+    warm, cold = predict(training()), predict(training(), warm=False)
+    assert warm.start_bytes == warm.end_bytes == cold.end_bytes > cold.start_bytes
     assert predict(sampling) == predict(sampling, warm=False)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.AdamW], ids=lambda kind: kind.__name__)
+def test_a_step_that_leaves_more_behind_than_state_is_warm_too(optimizer: type[torch.optim.Optimizer]) -> None:
+    """It keeps its gradients, and a cache it makes when it first runs."""
+
+    def make() -> Step:
+        model = nn.Linear(64, 64)
+        x = torch.randn(8, 64)
+        steps = optimizer(model.parameters(), lr=0.01)
+        cache: list[Tensor] = []
+
+        def loss() -> Tensor:
+            if not cache:
+                cache.append(torch.zeros(1000))
+            steps.zero_grad(set_to_none=False)
+            value = (model(x) ** 2).mean() + cache[0].sum()
+            value.backward()
+            return value
+
+        return Step(lambda: steps.step(loss), model, steps, x)
+
+    real = make()
+    real.run()
+    assert predict(make) == real.trace()
 
 
 def test_nothing_of_any_size_is_allocated() -> None:
