@@ -140,28 +140,37 @@ def place_labels(
     taken = [Bbox.from_bounds(x - 3.2 * pixel, y - 3.2 * pixel, 6.4 * pixel, 6.4 * pixel) for x, y in at]
     room = axes.get_window_extent(renderer)
     paths = [Path(axes.transData.transform(line)) for line in lines if len(line) > 1]
+    placed: list[Bbox] = []
+    leaders: list[Path] = []
+
+    def is_free(box: Bbox, leader: Path | None, avoided: Sequence[Path]) -> bool:
+        inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
+        if not inside or any(box.overlaps(other) for other in (*taken, *placed)):
+            return False
+        if leader is not None and any(leader.intersects_bbox(other, filled=False) for other in placed):
+            return False
+        return not any(path.intersects_bbox(box, filled=False) for path in (*avoided, *leaders))
+
     for (x, y), point, text in zip(at, points, texts, strict=True):
         probe = axes.text(*point, text, fontsize=size)
         extent = probe.get_window_extent(renderer)
         probe.remove()
         width, height = extent.width + pixel, extent.height
-        chosen: tuple[float, float, int] | None = None
+        chosen: tuple[float, float, bool] | None = None
         for avoided, reach, angle in itertools.product((paths, []), REACHES, ANGLES):
             dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             centre = (x + dx * (reach * pixel + width / 2), y + dy * (reach * pixel + height / 2))
             box = Bbox.from_bounds(centre[0] - width / 2, centre[1] - height / 2, width, height)
-            inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
-            if (
-                inside
-                and not any(box.overlaps(other) for other in taken)
-                and not any(path.intersects_bbox(box, filled=False) for path in avoided)
-            ):
-                chosen = ((centre[0] - x) / pixel, (centre[1] - y) / pixel, reach)
-                taken.append(box)
+            far = reach > REACHES[1]
+            leader = Path([(x, y), centre]) if far else None
+            if is_free(box, leader, avoided):
+                chosen = ((centre[0] - x) / pixel, (centre[1] - y) / pixel, far)
+                placed.append(box)
+                leaders += [leader] if leader else []
                 break
         if chosen is None:  # a crowd that leaves no free place: the legend still tells the point's kind
             continue
-        leader = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2.5}
+        thin = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2.5}
         axes.annotate(
             text,
             point,
@@ -171,5 +180,5 @@ def place_labels(
             color="#222222",
             ha="center",
             va="center",
-            arrowprops=leader if chosen[2] > 9 else None,
+            arrowprops=thin if chosen[2] else None,
         )
