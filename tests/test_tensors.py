@@ -122,6 +122,13 @@ def test_sparse_tensors_count_their_parts() -> None:
     assert trace(step, inputs=x).peak_bytes >= x.nbytes + 4 * BLOCK + BLOCK  # 2 × 128 int64 indices, 128 values
 
 
+def test_wrappers_count_the_tensors_inside_them() -> None:
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    x = two_tensor.TwoTensor(ones(2), ones(2))
+    live = trace(lambda: x + 1, inputs=x)
+    assert (live.start_bytes, live.peak_bytes) == (4 * BLOCK, 8 * BLOCK)
+
+
 def test_inputs_that_nobody_registered_count_from_the_start() -> None:
     """The step's first peak is before it touches them; they were there all the same."""
     hidden, parameter = ones(7), nn.Parameter(ones(3))
@@ -265,6 +272,7 @@ def test_ema_inputs_and_parameters_keep_apart() -> None:
     model, ema = TwoLayers(), TwoLayers()
     batch = {"x": torch.ones(4, N), "more": [torch.ones(N), "a string", None]}
     live = trace(lambda: model(batch["x"]), modules={"unet": model}, ema=[ema], inputs=(batch, model.first.weight))
+    assert live.phases == {}, "without backward or an optimizer there is nothing to tell apart"
     assert live.by_category == {
         "parameter": 256 * BLOCK,
         "gradient": 0,

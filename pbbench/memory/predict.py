@@ -2,8 +2,9 @@
 
 ``make`` builds the modules, the optimizer and the inputs and returns the step, exactly as a real run would, and is called
 under ``FakeTensorMode``. The device is "cpu" throughout: fake CUDA backward does not run without a GPU, and plain meta
-tensors take other attention paths. The result equals the live tracer's on the same step run for real on a CPU, to the byte;
-on CUDA, operators with another kernel (attention, cuDNN) may keep other buffers.
+tensors take other attention paths. The result equals the live tracer's on the same step run for real on a CPU, to the byte,
+but for a few operators whose kernels keep scratch space in a result (oneDNN's LSTM, ``fold``). On CUDA these differ: what
+attention and cuDNN save for backward, the operators that autocast casts, and optimizers that default to ``foreach`` there.
 """
 
 from __future__ import annotations

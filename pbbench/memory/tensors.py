@@ -49,8 +49,8 @@ class LiveTrace:
     """Activation bytes at the peak by the module that made them, largest first; they sum to the activations. "name (backward)"
     made them in the backward pass of that module's operators."""
     phases: dict[str, PhasePeak]
-    """forward, backward, optimizer: those that occurred. A phase lasts until the next begins (the loss belongs to forward,
-    clipping to backward); one that occurs several times, as in a chunked step, has its largest peak."""
+    """forward, backward, optimizer: those that occurred; empty where all was forward. A phase lasts until the next begins (the
+    loss belongs to forward, clipping to backward); one that occurs several times, as in a chunked step, has its largest peak."""
     start_bytes: int
     """Live before the step: what was registered, and what the step used although nobody had registered it (an input)."""
     end_bytes: int
@@ -139,13 +139,14 @@ class LiveTensorTracer(TorchDispatchMode):
         for allocation in book.members(book.total):
             if allocation.category == "activation":
                 modules[allocation.module] = modules.get(allocation.module, 0) + allocation.nbytes
+        phases = {name: PhasePeak(peak.nbytes, book.by_category(peak)) for name, peak in book.phases.items()}
         cause = book.total.cause
         return LiveTrace(
             device=str(self._device) if self._device is not None else "all devices",
             peak_bytes=book.total.nbytes,
             by_category=book.by_category(book.total),
             by_module=sorted(modules.items(), key=lambda item: (-item[1], item[0])),
-            phases={name: PhasePeak(peak.nbytes, book.by_category(peak)) for name, peak in book.phases.items()},
+            phases=phases if len(phases) > 1 else {},
             start_bytes=book.start_bytes,
             end_bytes=book.live_bytes,
             peak_operator=cause.operator if cause else "",
