@@ -50,7 +50,7 @@ class LiveTrace:
     made them in the backward pass of that module's operators."""
     phases: dict[str, PhasePeak]
     """forward, backward, optimizer: those that occurred; empty where all was forward. A phase lasts until the next begins (the
-    loss belongs to forward, clipping to backward); one that occurs several times, as in a chunked step, has its largest peak."""
+    loss belongs to forward, clipping to backward); of one that occurs several times, as in a chunked step, the largest peak."""
     start_bytes: int
     """Live before the step: what was registered, and what the step used although nobody had registered it (an input)."""
     end_bytes: int
