@@ -251,7 +251,7 @@ def test_smaller_tables(cells: list[CellResult]) -> None:
     assert bands_sheet([measure_cell(1, 32)]) is None
 
 
-@pytest.mark.parametrize("width", [160, 100, 80, 60, 40])
+@pytest.mark.parametrize("width", [120, 100, 80, 60, 40])
 def test_terminal_table_fits_the_terminal(cells: list[CellResult], width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(terminal_table(cells, width))
@@ -260,7 +260,7 @@ def test_terminal_table_fits_the_terminal(cells: list[CellResult], width: int) -
     assert sum(line.lstrip().startswith(("1 all", "8 index")) for line in text.splitlines()) == 2  # each on one line
     assert "Fréchet" in text
     assert "18.99" in text
-    assert ("Left out at this width" in " ".join(text.split())) is (width < 160)
+    assert ("Left out at this width" in " ".join(text.split())) is (width < 100)
 
 
 def test_terminal_table_reads_a_folder(tmp_path: Path) -> None:

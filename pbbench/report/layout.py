@@ -57,7 +57,7 @@ def _rate_column(header: tuple[str, ...], frame: pd.DataFrame, name: str, rank: 
     if f"{name}_min" in frame:
         ends = zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
         texts = [_spread(t, number(a), number(b)) for t, (a, b) in zip(texts, ends, strict=True)]
-    return Column((*header, "images/s"), texts, rank=rank, title=f"{header[0]} (images/s)")
+    return Column((*header, "img/s"), texts, rank=rank, title=f"{header[0]} (images/s)")
 
 
 def settings_columns(frame: pd.DataFrame) -> list[Column]:
@@ -125,12 +125,13 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
             errors = [percent(v) for v in frame[f"{short}_prediction_error"]]
             columns.append(Column(("pred.", "error"), errors, rank=5, title=f"{short} prediction error"))
     columns += [_rate_column((short,), frame, f"{short}_images_per_second", rank=2) for short in tables.STEPS]
-    scored = [name for name in tables.QUALITY if name in frame]
     main = tables.distance_column(frame)
-    for name in scored:
-        if name in ("num_images", "images_seen"):
+    for name in dict.fromkeys(
+        (main or "held_out_loss", "seam_score", "held_out_loss")
+    ):  # the rest stand in quality's own table
+        if name not in frame:
             continue
-        rank = 0 if name == main else 3 if name in ("seam_score", "held_out_loss") else 6
+        rank = 0 if name == main else 3
         columns.append(Column(quality_header(name), [number(v) for v in frame[name]], rank=rank, title=quality_label(name)))
     columns.append(Column(("status",), [s.replace("_", " ") for s in frame["status"]], numeric=False))
     notes = [f"Peaks: {meter}, warm step." + (f" {fixed_settings(frame).capitalize()}." if fixed_settings(frame) else "")]

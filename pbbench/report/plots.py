@@ -172,8 +172,9 @@ def speed_against_memory(frame: pd.DataFrame) -> Figure | None:
     dividers = sorted(pd.concat([panel.lines for panel in panels])["patch_divider"].unique())
     for panel in panels:
         step = panel.axes.get_xlabel().split()[0]
+        given, divider = panel.lines["patches_per_pass"], panel.lines["patch_divider"]
         for passes, dash in (("all", ":"), ("index", "-")):
-            own = panel.lines["patches_per_pass"].eq(passes) | panel.lines["patch_divider"].eq(1)
+            own = given.eq(passes) | (divider.eq(1) & given.eq("all"))  # at d = 1 the two are one
             joined = [point for point, member in zip(panel.points, own, strict=True) if member]
             if len(joined) > 1:
                 panel.axes.plot(*zip(*joined, strict=True), color="#b4b4b4", linestyle=dash, linewidth=0.8, zorder=1)

@@ -101,17 +101,18 @@ def to_rich(sheet: Sheet, width: int | None = None) -> Table:
     from rich.table import Table
 
     width = width or Console().width
-    shown, dropped = list(sheet.columns), []
+    shown, dropped = list(sheet.columns), list[Column]()
 
     def needed() -> int:
         return sum(column.width for column in shown) + len(shown) + 1
 
     while needed() > width and any(column.rank for column in shown):
-        last = max(range(len(shown)), key=lambda i: (shown[i].rank, i))
-        dropped.append(shown.pop(last))
+        least = max(column.rank for column in shown)
+        dropped = [column for column in shown if column.rank == least] + dropped
+        shown = [column for column in shown if column.rank != least]
     notes = list(sheet.notes)
     if dropped:
-        names = ", ".join(column.title for column in reversed(dropped))
+        names = ", ".join(column.title for column in dropped)
         notes.append(f"Left out at this width: {names} (all in report.md).")
     table = Table(
         title=sheet.title, caption=" ".join(notes), box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, caption_justify="left"
@@ -159,7 +160,7 @@ def latex_escape(text: str) -> str:
 
 
 def to_latex(sheet: Sheet) -> str:
-    """A booktabs table (needs the packages booktabs and graphicx) with caption and label."""
+    """A booktabs table (needs the packages booktabs and graphicx) with caption and label, as wide as the text."""
 
     def header(column: Column) -> str:
         lines = [latex_escape(part) for part in column.header]
@@ -172,7 +173,7 @@ def to_latex(sheet: Sheet) -> str:
     return "\n".join(
         [
             "% Needs \\usepackage{booktabs} and \\usepackage{graphicx}.",
-            r"\begin{table}[t]",
+            r"\begin{table*}[t]",
             r"\centering",
             f"\\caption{{{latex_escape(' '.join([sheet.title + '.', *sheet.notes]))}}}",
             f"\\label{{{sheet.label}}}",
@@ -184,7 +185,7 @@ def to_latex(sheet: Sheet) -> str:
             *body,
             r"\bottomrule",
             r"\end{tabular}}",
-            r"\end{table}",
+            r"\end{table*}",
             "",
         ]
     )

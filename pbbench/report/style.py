@@ -17,6 +17,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.path import Path
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
@@ -65,7 +66,8 @@ FILLS = {
 }
 
 # Where a label is tried: distances from its point in pt, directions in degrees, the best first.
-REACHES = (5, 9, 14, 20, 27, 36, 48)
+NEAR, FAR = (5, 9, 14), (20, 27, 36, 48)
+LEADER_FROM = 14
 ANGLES = (0, 180, 45, 315, 135, 225, 90, 270, 20, 340, 160, 200)
 
 Point = tuple[float, float]
@@ -157,11 +159,12 @@ def place_labels(
         probe.remove()
         width, height = extent.width + pixel, extent.height
         chosen: tuple[float, float, bool] | None = None
-        for avoided, reach, angle in itertools.product((paths, []), REACHES, ANGLES):
+        tries = [*itertools.product((paths, []), NEAR, ANGLES), *itertools.product((paths, []), FAR, ANGLES)]
+        for avoided, reach, angle in tries:
             dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             centre = (x + dx * (reach * pixel + width / 2), y + dy * (reach * pixel + height / 2))
             box = Bbox.from_bounds(centre[0] - width / 2, centre[1] - height / 2, width, height)
-            far = reach > REACHES[1]
+            far = reach >= LEADER_FROM
             leader = Path([(x, y), centre]) if far else None
             if is_free(box, leader, avoided):
                 chosen = ((centre[0] - x) / pixel, (centre[1] - y) / pixel, far)
@@ -180,5 +183,6 @@ def place_labels(
             color="#222222",
             ha="center",
             va="center",
+            path_effects=[withStroke(linewidth=1.6, foreground="white")],
             arrowprops=thin if chosen[2] else None,
         )
