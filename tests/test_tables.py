@@ -285,10 +285,10 @@ def test_latex_is_a_booktabs_table_of_the_right_shape(cells: list[CellResult]) -
 
 def test_latex_and_markdown_escape_what_means_something_to_them() -> None:
     sheet = Sheet(
-        "50% & more_", [Column(("a_b",), [r"x & y_z {1} \ # $ ~ ^ 100%", "a|b <i> `c`"], numeric=False)], label="tab:x"
+        "50% & more_", [Column(("a_b",), [r"x & y_z {1} \ # $ ~ ^ 100% <0.1", "a|b <i> `c`"], numeric=False)], label="tab:x"
     )
     latex = to_latex(sheet)
-    assert r"x \& y\_z \{1\} \textbackslash{} \# \$ \textasciitilde{} \textasciicircum{} 100\%" in latex
+    assert r"x \& y\_z \{1\} \textbackslash{} \# \$ \textasciitilde{} \textasciicircum{} 100\% $<$0.1" in latex
     assert r"50\% \& more\_" in latex
     assert r"| a\|b &lt;i&gt; \`c\` |" in to_markdown(sheet)
     assert markdown_escape("peak_live_bytes _x_") == r"peak_live_bytes \_x\_"

@@ -151,7 +151,11 @@ _LATEX = {
     "−": "$-$",
     "×": r"$\times$",
 }
-_LATEX |= {c: f"\\{c}" for c in "&%$#_{}"} | {"é": r"\'e", "²": "$^2$", "→": r"$\rightarrow$", "≥": r"$\geq$"}
+_LATEX |= (
+    {"<": "$<$", ">": "$>$", "|": r"\textbar{}"}
+    | {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"é": r"\'e", "²": "$^2$", "→": r"$\rightarrow$", "≥": r"$\geq$"}
+)
 
 
 def latex_escape(text: str) -> str:
