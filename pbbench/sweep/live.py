@@ -39,6 +39,7 @@ class LiveView:
         self.doing = ""
         self.began = 0.0
         self.progress: dict[str, Any] = {}
+        self.notes: set[str] = set()
         self.bar = Progress(TextColumn("cells"), BarColumn(40), MofNCompleteColumn(), console=console)
         self.task = self.bar.add_task("", total=1)
         self.live: Live | None = (
@@ -68,6 +69,9 @@ class LiveView:
             self.doing, self.progress = WORDS.get(event["phase"], event["phase"]), {}
         elif event["event"] == "progress":
             self.progress = event
+        elif event["event"] == "note" and event["text"] not in self.notes:
+            self.notes.add(event["text"])  # every quality cell reads the same images
+            self.console.print(event["text"], highlight=False, markup=False)
 
     def cell_ended(self, cell: Cell, result: CellResult, seconds: float) -> None:
         self.running = None

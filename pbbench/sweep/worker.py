@@ -1,7 +1,7 @@
 """One cell, one fresh process: ``python -m pbbench.sweep.worker``, a job on stdin, JSON lines on stdout.
 
-The worker writes no results; it tells its parent what happened, line by line ({"event": "phase" | "row" | "progress" |
-"detail" | "error" | "done"}), so that whatever kills it, what it had measured is kept. When the parent dies, stdin closes and
+The worker writes no results; it tells its parent what happened, line by line ({"event": "phase", "row", "progress", "note",
+"detail", "error" or "done"}), so that whatever kills it, what it had measured is kept. When the parent dies, stdin closes and
 the worker leaves at once: no orphan goes on computing beside a resumed sweep.
 
 A measured workload: build (phase load) → cold step, metered → warm-up → warm steps, metered and timed → one traced step,
