@@ -92,6 +92,8 @@ class LiveView:
         return max(0.0, sum(mean[cell.kind] for cell in left) - gone)
 
     def __rich__(self) -> RenderableType:
+        if not self.cells:
+            return Text("looking at the machine", style="dim")
         left = self.seconds_left()
         remaining = "time left: not known yet" if left is None else f"about {_clock(left)} left"
         lines: list[RenderableType] = [self.bar, Text(remaining, style="dim")]
@@ -123,7 +125,7 @@ def _summary(result: CellResult) -> str:
     for row in result.rows:
         peak = row.peak_allocated_bytes or row.peak_live_bytes
         if row.temperature == "warm" and row.phase in ("sample_step", "train_step"):
-            parts.append(f"{row.phase.removesuffix('_step')} {format_bytes(peak)}, {row.images_per_second or 0:.1f} images/s")
+            parts.append(f"{row.phase.removesuffix('_step')} {format_bytes(peak)}, {row.images_per_second or 0:.3g} images/s")
         if row.phase == "quality":
             named = ("frechet_inception_distance", "random_features_frechet_distance")
             parts += [f"{name} {getattr(row, name):.3f}" for name in named if getattr(row, name) is not None]
