@@ -48,7 +48,8 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     seconds = {"sample_seconds": time.perf_counter() - started}
     grid = f"samples/{cell.id}.png"
     write_grid(run / grid, torch.stack(samples[:GRID_IMAGES]))
-    write_grid(run / "samples" / "reference.png", reference.batch(range(min(GRID_IMAGES, len(reference)))))
+    if experiment.quality.reference_grid:
+        write_grid(run / "samples" / "reference.png", reference.batch(range(min(GRID_IMAGES, len(reference)))))
 
     emit("phase", phase="score")
     started = time.perf_counter()
