@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pbbench.records import CellResult, read_cells
+from pbbench.records import CellResult, read_cells, write_bytes
 from pbbench.report import layout, tables
 from pbbench.report.gallery import pictures
 from pbbench.report.html import contents, html_page, markdown_page
@@ -46,22 +44,6 @@ def read_run(path: Path) -> Run:
     if not run.environment:
         run.notes.append("environment.json is missing or unreadable: machine and versions are not stated here.")
     return run
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: aside, flushed to disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def write_report(path: Path) -> list[Path]:
