@@ -98,3 +98,21 @@ def patch_position(rows: slice, num_images: int, d: int, device: torch.device, d
 def global_content(x_t: Tensor, d: int) -> Tensor:
     """What the whole noisy image looks like at a patch's size: the mean of each d × d pixels, N C H W → N C h w."""
     return F.avg_pool2d(x_t, d) if d > 1 else x_t
+
+
+def network_input(x_t: Tensor, content: Tensor | None, rows: slice, d: int) -> Tensor:
+    """Patch and global content of each row, one above the other: R 2C h w, written in place piece by piece.
+
+    content: ``global_content(x_t, d)`` where it was made for several passes; None: made here, of the images of these rows only.
+    """
+    N, C, H, W = x_t.shape
+    x = x_t.new_empty(rows.stop - rows.start, 2 * C, H // d, W // d)
+    if content is None and len(x) >= N:
+        content = global_content(x_t, d)
+    done = 0
+    for i, j, n in segments(rows, N, d):
+        piece = x[done : done + n.stop - n.start]
+        piece[:, :C] = patch_of(x_t, i, j, d)[n]
+        piece[:, C:] = global_content(x_t[n], d) if content is None else content[n]
+        done += len(piece)
+    return x

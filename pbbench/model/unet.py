@@ -13,40 +13,58 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pbbench.config import ModelConfig
 from pbbench.errors import InputError
 from pbbench.model.layers import Attention, Embedding, LinearAttention, ResidualBlock
-from pbbench.model.patching import check_rows, global_content, merge, patch_position, row_chunks, row_images, split, write_rows
+from pbbench.model.lean import recomputing
+from pbbench.model.patching import (
+    check_rows, global_content, merge, network_input, patch_position, row_chunks, row_images, write_rows,
+)  # fmt: skip
 
 
-class EncoderLevel(nn.Module):
-    """Two residual blocks and linear attention at one resolution; ``downsample`` halves it (not at the last level)."""
+class Level(nn.Module):
+    """Two residual blocks and linear attention at one resolution.
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int, last: bool) -> None:
+    Maps travel on a stack, the current one on top: a level takes it off, so that no caller holds a map that has been used.
+    """
+
+    recompute = False
+    """Keep nothing but the input for backward, and run the level again there."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int) -> None:
         super().__init__()
         self.residual1 = ResidualBlock(in_channels, out_channels, groups, embedding_width)
         self.residual2 = ResidualBlock(out_channels, out_channels, groups, embedding_width)
         self.attention = LinearAttention(out_channels)
+
+    def forward(self, maps: list[Tensor], embedding: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputing(lambda x, e: self._blocks([x], e), maps.pop(), embedding)
+        return self._blocks(maps, embedding)
+
+    def _blocks(self, maps: list[Tensor], embedding: Tensor) -> Tensor:
+        x = self.residual1(maps.pop(), embedding)
+        x = self.residual2(x, embedding)
+        return self.attention(x)
+
+
+class EncoderLevel(Level):
+    """A level, and ``downsample`` to half the resolution (not after the last)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int, last: bool) -> None:
+        super().__init__(in_channels, out_channels, groups, embedding_width)
         self.downsample = nn.Identity() if last else nn.Conv2d(out_channels, out_channels, 4, stride=2, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.attention(self.residual2(self.residual1(x, embedding), embedding))
 
-
-class DecoderLevel(nn.Module):
-    """Two residual blocks and linear attention on (x, skip), then twice the resolution."""
+class DecoderLevel(Level):
+    """A level on (x, skip), and ``upsample`` to twice the resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int) -> None:
-        super().__init__()
-        self.residual1 = ResidualBlock(2 * in_channels, out_channels, groups, embedding_width)
-        self.residual2 = ResidualBlock(out_channels, out_channels, groups, embedding_width)
-        self.attention = LinearAttention(out_channels)
+        super().__init__(2 * in_channels, out_channels, groups, embedding_width)
         self.upsample = nn.ConvTranspose2d(out_channels, out_channels, 4, stride=2, padding=1)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.upsample(self.attention(self.residual2(self.residual1(x, embedding), embedding)))
 
 
 class PatchUNet(nn.Module):
@@ -94,42 +112,48 @@ class PatchUNet(nn.Module):
         d = self.config.patch_divider
         self._check(x_t, t)
         x_t = x_t.detach()
-        content = global_content(x_t, d)  # N C h w
+        N = x_t.shape[0]
         if rows is not None:
             if patch_batch_size is not None:
                 raise InputError("give rows (one chunk) or patch_batch_size (all chunks in turn), not both")
-            return self._denoise(x_t, t, content, check_rows(rows, x_t.shape[0], d))
+            rows = check_rows(rows, N, d)
+            n, position = row_images(rows, N, x_t.device), patch_position(rows, N, d, x_t.device, x_t.dtype)  # R, R × d²
+            return self._denoise(x_t, None, rows, self.embedding(t[n], position))
 
-        chunks = row_chunks(x_t.shape[0] * d * d, patch_batch_size)
-        passes = (self._denoise(x_t, t, content, chunk) for chunk in chunks)
+        # What does not depend on the chunk is computed once: N and d² embeddings, N small images.
+        content = global_content(x_t, d)  # N C h w
+        when = self.embedding.when(t)  # N × 4·dim
+        where = self.embedding.where(torch.eye(d * d, device=x_t.device, dtype=x_t.dtype))  # d² × 4·dim
+        chunks = row_chunks(N * d * d, patch_batch_size)
+        passes = (self._denoise(x_t, content, rows, _embedding_of(rows, when, where)) for rows in chunks)
         if torch.is_grad_enabled():
             return merge(torch.cat(list(passes)), d)
-        out = x_t.new_empty(x_t.shape[0], self.projection.out_channels, *x_t.shape[2:])  # N C H W
-        for chunk, patches in zip(chunks, passes, strict=True):
-            write_rows(out, patches, chunk, d)  # nothing stacked: a chunk's patches go straight to their places
+        out = x_t.new_empty(N, self.projection.out_channels, *x_t.shape[2:])  # N C H W
+        for chunk in chunks:
+            write_rows(out, next(passes), chunk, d)  # nothing stacked: a chunk's patches go straight to their places
         return out
 
-    def _denoise(self, x_t: Tensor, t: Tensor, content: Tensor, rows: slice) -> Tensor:
+    def _denoise(self, x_t: Tensor, content: Tensor | None, rows: slice, embedding: Tensor) -> Tensor:
         """One pass: the patches of ``rows``, with their conditioning, through the network. Returns R C h w."""
-        N, d = x_t.shape[0], self.config.patch_divider
-        n = row_images(rows, N, x_t.device)  # R: which image
-        position = patch_position(rows, N, d, x_t.device, x_t.dtype)  # R × d²: which patch of it
-        embedding = self.embedding(t[n], position)  # R × 4·dim
-        return self._network(torch.cat((split(x_t, d, rows), content[n]), dim=1), embedding).to(x_t.dtype)
+        return self._network(network_input(x_t, content, rows, self.config.patch_divider), embedding).to(x_t.dtype)
 
     def _network(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The U-Net proper: R 2C h w → R C h w. The skip of the first level has no reader, so it is not kept."""
-        skips: list[Tensor] = []
-        x = self.stem(x)
+        embedding = F.silu(embedding)  # R × 4·dim, as every block reads it
+        maps = [self.stem(x)]  # a stack: the skips, and on top the current map
+        del x
         for level, encode in enumerate(self.encoder):
-            x = encode(x, embedding)
+            maps.append(encode(maps, embedding))
             if level > 0:
-                skips.append(x)
-            x = encode.downsample(x)  # type: ignore[operator]
-        x = self.middle2(self.middle_attention(self.middle1(x, embedding)), embedding)
+                maps.append(maps[-1])  # one to go on with, one to come back to
+            maps.append(encode.downsample(maps.pop()))  # type: ignore[operator]
+        maps.append(self.middle1(maps.pop(), embedding))
+        maps.append(self.middle_attention(maps.pop()))
+        maps.append(self.middle2(maps.pop(), embedding))
         for decode in self.decoder:
-            x = decode(torch.cat((x, skips.pop()), dim=1), embedding)
-        return self.projection(self.head(x))
+            maps.append(torch.cat((maps.pop(), maps.pop()), dim=1))  # (x, skip)
+            maps.append(decode.upsample(decode(maps, embedding)))  # type: ignore[operator]
+        return self.projection(self.head(maps.pop()))
 
     def _check(self, x_t: Tensor, t: Tensor) -> None:
         config = self.config
@@ -141,3 +165,9 @@ class PatchUNet(nn.Module):
             )
         if t.shape != x_t.shape[:1]:
             raise InputError(f"t has shape {tuple(t.shape)}; expected one timestep per image, ({x_t.shape[0]},)")
+
+
+def _embedding_of(rows: slice, when: Tensor, where: Tensor) -> Tensor:
+    """The embedding of each row, R × 4·dim, from those of N images (``when``) and d² patch indices (``where``)."""
+    row = torch.arange(rows.start, rows.stop, device=when.device)
+    return when[row % len(when)] + where[row // len(when)]
