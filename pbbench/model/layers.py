@@ -3,19 +3,21 @@
 Shapes: R rows (patches in the pass), C channels, h × w pixels of the current level, E = 4·dim the embedding's width.
 Sources: Ho et al. 2020 (residual blocks), Nichol and Dhariwal 2021 (scale and shift), Shen et al. 2021 (linear attention),
 put together as in the code released with Arakawa et al. 2023, whose trained weights must load (``reference.py``).
-Under autocast the convolutions and products run in the lower precision, the statistics of a normalisation in float32.
+Under autocast maps have the lower precision and the statistics of a normalisation float32.
+How the parts do with little memory is in ``lean`` (normalisations) and ``attention``; here is what they are.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEADS = 4
-HEAD_WIDTH = 32
+from pbbench.model.attention import HEAD_WIDTH, HEADS, linear_attention
+from pbbench.model.lean import channel_norm, norm_silu, recomputed, recomputing
 
 
 class ChannelLayerNorm(nn.Module):
@@ -26,29 +28,27 @@ class ChannelLayerNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x.float(), dim=1, keepdim=True, correction=0)  # R 1 h w
-        return torch.addcmul(self.shift, (x - mean) * torch.rsqrt(variance + 1e-5), self.scale)
+    def forward(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        return channel_norm(x, self.scale, self.shift, overwrite=overwrite)
 
 
 class Block(nn.Module):
-    """3×3 convolution, group normalisation, optionally x·(scale + 1) + shift, SiLU."""
+    """The parameters of: 3×3 convolution, group normalisation, optionally x·(scale + 1) + shift, SiLU."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm = nn.GroupNorm(groups, out_channels, eps=1e-5)
 
-    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = self.norm(self.conv(x))
-        if scale_shift is not None:
-            scale, shift = scale_shift  # R C 1 1 each
-            x = torch.addcmul(shift, x, scale + 1)
-        return F.silu(x)
+    def activate(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Everything after the convolution."""
+        return norm_silu(x, self.norm.weight, self.norm.bias, scale, shift, self.norm.num_groups, self.norm.eps)
 
 
 class ResidualBlock(nn.Module):
     """Two blocks and a shortcut; the embedding scales and shifts the first (no embedding where its width is None)."""
+
+    recompute = False  # True: the second convolution's input is made again in backward instead of kept
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int | None) -> None:
         super().__init__()
@@ -58,35 +58,22 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        scale_shift = None
+        """x: R C h w; embedding: R E, after its SiLU. Without gradients never more than three maps are alive."""
+        scale, shift = None, None
         if self.modulation is not None and embedding is not None:
-            scale, shift = self.modulation(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)
-            scale_shift = scale, shift
-        return self.block2(self.block1(x, scale_shift)) + self.shortcut(x)
+            scale, shift = self.modulation(embedding).chunk(2, dim=1)  # R C each
+        y = self.block1.activate(self.block1.conv(x), scale, shift)
+        with recomputed(y) if self.recompute else nullcontext():
+            y = self.block2.conv(y)
+        y = self.block2.activate(y)
+        y += self.shortcut(x)  # in place: nothing keeps what ``activate`` returned
+        return y
 
 
-class LinearAttention(nn.Module):
-    """x + attention of linear cost: every pixel reads a 32 × 32 summary of the image per head (Shen et al. 2021)."""
+class SelfAttention(nn.Module):
+    """x + attention over the pixels of the normalised x, 4 heads of 32; q, k and v come from one 1×1 convolution."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = ChannelLayerNorm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * HEADS * HEAD_WIDTH, 1, bias=False)
-        self.out = nn.Conv2d(HEADS * HEAD_WIDTH, channels, 1)
-        self.out_norm = ChannelLayerNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        R, _, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(R, 3, HEADS, HEAD_WIDTH, h * w).unbind(1)
-        context = k.softmax(dim=-1) @ v.mT  # R heads 32 32: sum over pixels
-        context = context * HEAD_WIDTH**-0.5  # the scale of q, applied where it costs nothing
-        read = context.mT @ q.softmax(dim=-2)  # R heads 32 h·w
-        del q, k, v  # under no_grad this frees q, k and v before the output is made
-        return x + self.out_norm(self.out(read.view(R, HEADS * HEAD_WIDTH, h, w)))
-
-
-class Attention(nn.Module):
-    """x + ordinary softmax attention over the pixels, 4 heads of 32."""
+    recompute = False  # True: all of it is computed again in backward, and only x is kept
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -95,12 +82,29 @@ class Attention(nn.Module):
         self.out = nn.Conv2d(HEADS * HEAD_WIDTH, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = recomputing(self.attend, x) if self.recompute else self.attend(x)
+        y += x
+        return y
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Ordinary softmax attention."""
         R, _, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(R, 3, HEADS, HEAD_WIDTH, h * w)
         # The fused kernels need the last dimension (32) contiguous; one copy for all three.
-        q, k, v = qkv.transpose(-2, -1).contiguous().unbind(1)  # R heads h·w 32
-        read = F.scaled_dot_product_attention(q, k, v)  # scale 32^−0.5 is its default
-        return x + self.out(read.transpose(-2, -1).reshape(R, HEADS * HEAD_WIDTH, h, w))
+        qkv = qkv.transpose(-2, -1).contiguous()  # R 3 heads h·w 32
+        read = F.scaled_dot_product_attention(*qkv.unbind(1))  # scale 32^−0.5 is its default
+        return self.out(read.transpose(-2, -1).reshape(R, HEADS * HEAD_WIDTH, h, w))
+
+
+class LinearAttention(SelfAttention):
+    """The same at linear cost: pixels read a 32 × 32 summary of the image per head (``attention``); then normalised again."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.out_norm = ChannelLayerNorm(channels)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.out_norm(linear_attention([self.norm(x)], self.qkv, self.out), overwrite=True)
 
 
 def sinusoidal(t: Tensor, width: int) -> Tensor:
@@ -113,7 +117,10 @@ def sinusoidal(t: Tensor, width: int) -> Tensor:
 
 
 class Embedding(nn.Module):
-    """When and where: timestep and patch position to one vector of width 4·dim."""
+    """When and where: timestep and patch position to one vector of width 4·dim.
+
+    A sum of a part that knows the time and one that knows the position: a step needs N of one and d² of the other, not N·d².
+    """
 
     def __init__(self, dim: int, num_patches: int) -> None:
         super().__init__()
@@ -122,6 +129,13 @@ class Embedding(nn.Module):
         self.position = nn.Linear(num_patches, dim)
         self.join = nn.Linear(2 * dim, 4 * dim)
 
+    def when(self, t: Tensor) -> Tensor:
+        """Of timesteps (int64, any number R): R × 4·dim."""
+        return F.linear(F.gelu(self.time(sinusoidal(t, self.dim))), self.join.weight[:, : self.dim], self.join.bias)
+
+    def where(self, position: Tensor) -> Tensor:
+        """Of one-hot patch indices R × d²: R × 4·dim."""
+        return F.linear(F.gelu(self.position(position)), self.join.weight[:, self.dim :])
+
     def forward(self, t: Tensor, position: Tensor) -> Tensor:
-        time = F.gelu(self.time(sinusoidal(t, self.dim)))
-        return self.join(torch.cat((time, F.gelu(self.position(position))), dim=1))  # R × 4·dim
+        return self.when(t) + self.where(position)  # R × 4·dim

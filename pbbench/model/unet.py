@@ -13,40 +13,65 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbbench.config import ModelConfig
+from pbbench.config import ModelConfig, Recompute
 from pbbench.errors import InputError
-from pbbench.model.layers import Attention, Embedding, LinearAttention, ResidualBlock
-from pbbench.model.patching import check_rows, global_content, merge, patch_position, row_chunks, row_images, split, write_rows
+from pbbench.model.checks import check_images, check_rows
+from pbbench.model.layers import Embedding, LinearAttention, ResidualBlock, SelfAttention
+from pbbench.model.lean import recomputing
+from pbbench.model.patching import (
+    global_content,
+    merge,
+    network_input,
+    patch_position,
+    row_chunks,
+    row_images,
+    row_patches,
+    write_rows,
+)
 
 
-class EncoderLevel(nn.Module):
-    """Two residual blocks and linear attention at one resolution; ``downsample`` halves it (not at the last level)."""
+class Level(nn.Module):
+    """Two residual blocks and linear attention at one resolution.
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int, last: bool) -> None:
+    Maps travel on a stack, the current one on top: a level takes it off, so that no caller holds a map that has been used.
+    """
+
+    recompute = False  # True: only the input is kept for backward, and the level runs again there
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int) -> None:
         super().__init__()
         self.residual1 = ResidualBlock(in_channels, out_channels, groups, embedding_width)
         self.residual2 = ResidualBlock(out_channels, out_channels, groups, embedding_width)
         self.attention = LinearAttention(out_channels)
+
+    def forward(self, maps: list[Tensor], embedding: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return recomputing(lambda x, e: self._blocks([x], e), maps.pop(), embedding)
+        return self._blocks(maps, embedding)
+
+    def _blocks(self, maps: list[Tensor], embedding: Tensor) -> Tensor:
+        x = self.residual1(maps.pop(), embedding)
+        x = self.residual2(x, embedding)
+        return self.attention(x)
+
+
+class EncoderLevel(Level):
+    """A level, and ``downsample`` to half the resolution (not after the last)."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int, last: bool) -> None:
+        super().__init__(in_channels, out_channels, groups, embedding_width)
         self.downsample = nn.Identity() if last else nn.Conv2d(out_channels, out_channels, 4, stride=2, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.attention(self.residual2(self.residual1(x, embedding), embedding))
 
-
-class DecoderLevel(nn.Module):
-    """Two residual blocks and linear attention on (x, skip), then twice the resolution."""
+class DecoderLevel(Level):
+    """A level on (x, skip), and ``upsample`` to twice the resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int) -> None:
-        super().__init__()
-        self.residual1 = ResidualBlock(2 * in_channels, out_channels, groups, embedding_width)
-        self.residual2 = ResidualBlock(out_channels, out_channels, groups, embedding_width)
-        self.attention = LinearAttention(out_channels)
+        super().__init__(2 * in_channels, out_channels, groups, embedding_width)
         self.upsample = nn.ConvTranspose2d(out_channels, out_channels, 4, stride=2, padding=1)
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.upsample(self.attention(self.residual2(self.residual1(x, embedding), embedding)))
 
 
 class PatchUNet(nn.Module):
@@ -70,13 +95,22 @@ class PatchUNet(nn.Module):
             for level, (narrow, wide) in enumerate(pairwise(widths))
         )
         self.middle1 = ResidualBlock(widths[-1], widths[-1], groups, width)
-        self.middle_attention = Attention(widths[-1])
+        self.middle_attention = SelfAttention(widths[-1])
         self.middle2 = ResidualBlock(widths[-1], widths[-1], groups, width)
         self.decoder = nn.ModuleList(
             DecoderLevel(wide, narrow, groups, width) for narrow, wide in reversed(list(pairwise(widths[1:])))
         )
         self.head = ResidualBlock(dim, dim, groups, embedding_width=None)
         self.projection = nn.Conv2d(dim, config.out_channels or config.channels, 1)
+
+    def set_recompute(self, recompute: Recompute) -> PatchUNet:
+        """What backward computes again instead of keeping it (``TrainingConfig.recompute``); returns itself."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock | SelfAttention):
+                module.recompute = recompute != "none"
+            elif isinstance(module, Level):
+                module.recompute = recompute == "full"
+        return self
 
     def forward(self, x_t: Tensor, t: Tensor, patch_batch_size: int | None = None, rows: slice | None = None) -> Tensor:
         """Denoise.
@@ -91,53 +125,49 @@ class PatchUNet(nn.Module):
         Returns: images N C H W, or with ``rows`` the patches R C h w, in the dtype of x_t.
         Raises: InputError where the shapes do not fit the model, or both ways to chunk are given.
         """
-        d = self.config.patch_divider
-        self._check(x_t, t)
-        x_t = x_t.detach()
-        content = global_content(x_t, d)  # N C h w
+        check_images(x_t, t, self.config)
+        x_t, N, d, device = x_t.detach(), x_t.shape[0], self.config.patch_divider, x_t.device
         if rows is not None:
             if patch_batch_size is not None:
                 raise InputError("give rows (one chunk) or patch_batch_size (all chunks in turn), not both")
-            return self._denoise(x_t, t, content, check_rows(rows, x_t.shape[0], d))
+            rows = check_rows(rows, N, d)
+            embedding = self.embedding(t[row_images(rows, N, device)], patch_position(rows, N, d, device, x_t.dtype))
+            return self._denoise(x_t, None, rows, embedding)
 
-        chunks = row_chunks(x_t.shape[0] * d * d, patch_batch_size)
-        passes = (self._denoise(x_t, t, content, chunk) for chunk in chunks)
+        # What does not depend on the chunk is computed once: N small images, N and d² embeddings.
+        content = global_content(x_t, d)  # N C h w
+        when = self.embedding.when(t)  # N × 4·dim
+        where = self.embedding.where(torch.eye(d * d, device=device, dtype=x_t.dtype))  # d² × 4·dim
+        chunks = row_chunks(N * d * d, patch_batch_size)
+        passes = (
+            self._denoise(x_t, content, chunk, when[row_images(chunk, N, device)] + where[row_patches(chunk, N, device)])
+            for chunk in chunks
+        )
         if torch.is_grad_enabled():
             return merge(torch.cat(list(passes)), d)
-        out = x_t.new_empty(x_t.shape[0], self.projection.out_channels, *x_t.shape[2:])  # N C H W
-        for chunk, patches in zip(chunks, passes, strict=True):
-            write_rows(out, patches, chunk, d)  # nothing stacked: a chunk's patches go straight to their places
+        out = x_t.new_empty(N, self.projection.out_channels, *x_t.shape[2:])  # N C H W
+        for chunk in chunks:
+            write_rows(out, next(passes), chunk, d)  # nothing stacked: a chunk's patches go straight to their places
         return out
 
-    def _denoise(self, x_t: Tensor, t: Tensor, content: Tensor, rows: slice) -> Tensor:
+    def _denoise(self, x_t: Tensor, content: Tensor | None, rows: slice, embedding: Tensor) -> Tensor:
         """One pass: the patches of ``rows``, with their conditioning, through the network. Returns R C h w."""
-        N, d = x_t.shape[0], self.config.patch_divider
-        n = row_images(rows, N, x_t.device)  # R: which image
-        position = patch_position(rows, N, d, x_t.device, x_t.dtype)  # R × d²: which patch of it
-        embedding = self.embedding(t[n], position)  # R × 4·dim
-        return self._network(torch.cat((split(x_t, d, rows), content[n]), dim=1), embedding).to(x_t.dtype)
+        return self._network(network_input(x_t, content, rows, self.config.patch_divider), embedding).to(x_t.dtype)
 
     def _network(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The U-Net proper: R 2C h w → R C h w. The skip of the first level has no reader, so it is not kept."""
-        skips: list[Tensor] = []
-        x = self.stem(x)
+        embedding = F.silu(embedding)  # R × 4·dim, as every block reads it
+        maps = [self.stem(x)]  # a stack: the skips, and on top the current map
+        del x
         for level, encode in enumerate(self.encoder):
-            x = encode(x, embedding)
+            maps.append(encode(maps, embedding))
             if level > 0:
-                skips.append(x)
-            x = encode.downsample(x)  # type: ignore[operator]
-        x = self.middle2(self.middle_attention(self.middle1(x, embedding)), embedding)
+                maps.append(maps[-1])  # one to go on with, one to come back to
+            maps.append(encode.downsample(maps.pop()))  # type: ignore[operator]
+        maps.append(self.middle1(maps.pop(), embedding))
+        maps.append(self.middle_attention(maps.pop()))
+        maps.append(self.middle2(maps.pop(), embedding))
         for decode in self.decoder:
-            x = decode(torch.cat((x, skips.pop()), dim=1), embedding)
-        return self.projection(self.head(x))
-
-    def _check(self, x_t: Tensor, t: Tensor) -> None:
-        config = self.config
-        unit = config.patch_divider * 2 ** (len(config.dim_mults) - 1)
-        if x_t.ndim != 4 or 0 in x_t.shape or x_t.shape[1] != config.channels or x_t.shape[2] % unit or x_t.shape[3] % unit:
-            raise InputError(
-                f"x_t has shape {tuple(x_t.shape)}; expected N × {config.channels} × H × W with H and W divisible by {unit} "
-                f"(patch_divider {config.patch_divider}, {len(config.dim_mults)} levels)"
-            )
-        if t.shape != x_t.shape[:1]:
-            raise InputError(f"t has shape {tuple(t.shape)}; expected one timestep per image, ({x_t.shape[0]},)")
+            maps.append(torch.cat((maps.pop(), maps.pop()), dim=1))  # (x, skip)
+            maps.append(decode.upsample(decode(maps, embedding)))  # type: ignore[operator]
+        return self.projection(self.head(maps.pop()))

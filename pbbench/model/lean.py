@@ -1,0 +1,242 @@
+"""Normalisations that keep little: the same mathematics as torch's own layers, with fewer tensors alive.
+
+``norm_silu``: group normalisation, scale and shift, SiLU. As layers they keep four maps for backward; here it is one, the
+input, with a mean and a deviation per group. ``channel_norm``: normalisation over the channels, which keeps its input alone.
+Both compute again in backward what is one cheap pass over the map. ``recomputed`` goes further: the result itself, which the
+next convolution would keep, is made again when that convolution's backward asks for it.
+
+Shapes: R rows, C channels, hw pixels, G groups. Statistics are float32 (float64 for float64), whatever the maps are; maps of
+16 bits are widened piece by piece, so that no whole map exists in float32. Without gradients the same code runs and keeps
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+PIECE = 2**19
+"""Elements of a 16-bit map that are float32 at one time: 2 MiB."""
+
+
+def norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
+) -> Tensor:
+    """SiLU(norm(x) · (scale + 1) + shift), norm(x) = (x − mean) / sqrt(var + eps) · weight + bias over each row's groups.
+
+    x: R C h w; weight, bias: C; scale, shift: R C, or None for plain SiLU(norm(x)). Returns R C h w in the dtype of x.
+    """
+    return _NormSiLU.apply(x, weight, bias, scale, shift, groups, eps)
+
+
+def channel_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-5, *, overwrite: bool = False) -> Tensor:
+    """(x − mean) / sqrt(var + eps) · scale + shift, mean and biased variance over the channels of each pixel.
+
+    x: R C h w; scale, shift: 1 C 1 1. Returns R C h w in the dtype of x. ``overwrite``: x has no other reader, so its storage
+    may take the result (it does where no gradient is recorded).
+    """
+    if torch.is_grad_enabled():
+        return _ChannelNorm.apply(x, scale, shift, eps)
+    return _channel_norm(x, scale, shift, eps, overwrite=overwrite)[0]
+
+
+def recomputed(y: Tensor) -> AbstractContextManager[Any]:
+    """Operators run in this context that would keep ``y``, a result of ``norm_silu``, keep the way to make it instead.
+
+    That way is ``y``'s own node in the graph, whose input is kept anyway. Does nothing where no gradient is recorded.
+    """
+    node: Any = y.grad_fn
+    if node is None:
+        return nullcontext()
+    storage = y.untyped_storage()._cdata  # operators keep another tensor object on the same storage
+
+    def pack(kept: Tensor) -> Any:
+        return node if kept.untyped_storage()._cdata == storage else kept
+
+    def unpack(packed: Any) -> Tensor:
+        return _NormSiLU.result(packed) if packed is node else packed
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def recomputing(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``, keeping only the inputs for backward, where it runs again. It draws no random numbers."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics of a map are taken."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+class _NormSiLU(torch.autograd.Function):
+    """With rows and channels as one axis, scale and shift are part of one gain and offset per channel:
+
+    y = SiLU(z), z = (x − mean) · rstd · gain + offset, gain = weight · (scale + 1), offset = bias · (scale + 1) + shift,
+
+    and torch's group normalisation of 1 × R·C × hw in R·G groups computes z, and from dz also d gain and d offset.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, groups: int, eps: float) -> Tensor:
+        x = x.contiguous()
+        ctx.groups, ctx.eps = x.shape[0] * groups, eps
+        y, mean, rstd = _norm_silu(x, *_gain_and_offset(x, weight, bias, scale, shift), ctx.groups, eps)
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        return y
+
+    @staticmethod
+    def result(ctx: Any) -> Tensor:
+        """The forward's result, made again."""
+        ctx.unpacked = ctx.saved_tensors  # within a checkpoint they can be unpacked once; backward takes them from here
+        x = ctx.unpacked[0]
+        return _norm_silu(x, *_gain_and_offset(*ctx.unpacked[:5]), ctx.groups, ctx.eps)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        saved = ctx.__dict__.pop("unpacked", None) or ctx.saved_tensors
+        x, weight, bias, scale, shift, mean, rstd = saved
+        gain, offset = _gain_and_offset(x, weight, bias, scale, shift)
+        hw, dy = x[0, 0].numel(), dy.contiguous()
+        dx: Tensor | None = None
+        dgain, doffset = torch.empty_like(gain), torch.empty_like(offset)
+        for part, g, c in _group_pieces(x, ctx.groups):
+            n = g.stop - g.start
+            z = torch.native_group_norm(part, gain[c], offset[c], 1, c.stop - c.start, hw, n, ctx.eps)[0]
+            d = dy.view(1, -1, hw)[:, c].to(z.dtype)
+            torch.ops.aten.silu_backward.grad_input(d, z, grad_input=z)  # z becomes dz
+            d, dgain[c], doffset[c] = torch.ops.aten.native_group_norm_backward(
+                z, part, mean[:, g], rstd[:, g], gain[c], 1, c.stop - c.start, hw, n, [True, True, True]
+            )
+            dx = _place_channels(dx, d, x, c)
+        dgain, doffset = dgain.view(x.shape[:2]), doffset.view(x.shape[:2])  # R C
+        if scale is None:
+            return dx, dgain.sum(0).to(weight.dtype), doffset.sum(0).to(bias.dtype), None, None, None, None
+        dscale = torch.addcmul(dgain * weight, doffset, bias)
+        dweight, dbias = (dgain * (scale + 1)).sum(0), (doffset * (scale + 1)).sum(0)
+        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale.to(scale.dtype), doffset.to(scale.dtype), None, None
+
+
+def _gain_and_offset(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What each channel of each row is multiplied by, and what is added: R·C each. Made again in backward: kept, they would
+    be R·C numbers per norm where the parameters are C."""
+    gain, offset = (p.to(wide(x.dtype)).expand(x.shape[0], -1) for p in (weight, bias))  # R C
+    if scale is not None and shift is not None:
+        gain, offset = gain * (scale + 1), torch.addcmul(shift.to(offset.dtype), offset, scale + 1)
+    return gain.flatten(), offset.flatten()
+
+
+def _norm_silu(x: Tensor, gain: Tensor, offset: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """SiLU of the map x (R C h w) normalised in R·G groups, and their mean and rstd, 1 × R·G each."""
+    y: Tensor | None = None
+    mean, rstd = gain.new_empty(1, groups), gain.new_empty(1, groups)
+    for part, g, c in _group_pieces(x, groups):
+        hw, n = x[0, 0].numel(), g.stop - g.start
+        z, mean[:, g], rstd[:, g] = torch.native_group_norm(part, gain[c], offset[c], 1, c.stop - c.start, hw, n, eps)
+        y = _place_channels(y, F.silu(z, inplace=True), x, c)
+    assert y is not None
+    return y, mean, rstd
+
+
+def _group_pieces(x: Tensor, groups: int) -> Iterator[tuple[Tensor, slice, slice]]:
+    """The map x (R C h w) in pieces of whole groups: (1 × channels × hw, its groups, its channels of R·C).
+
+    A map of 32 bits or more is one piece; one of 16 bits comes as several, in float32.
+    """
+    flat = x.view(1, x.shape[0] * x.shape[1], -1)
+    channels = flat.shape[1] // groups
+    step = groups if wide(x.dtype) == x.dtype else max(1, PIECE // (channels * flat.shape[2]))
+    for start in range(0, groups, step):
+        g = slice(start, min(start + step, groups))
+        c = slice(g.start * channels, g.stop * channels)
+        yield flat[:, c].to(wide(x.dtype)), g, c
+
+
+def _place_channels(whole: Tensor | None, part: Tensor, like: Tensor, c: slice) -> Tensor:
+    """Put a piece at its channels of R·C; one that is everything, in the right dtype, is the whole already."""
+    if part.dtype == like.dtype:
+        return torch.ops.aten._unsafe_view(part, like.shape)  # no view for autograd, so it may be added to in place
+    whole = torch.empty_like(like) if whole is None else whole
+    whole.view(1, -1, part.shape[2])[:, c] = part
+    return whole
+
+
+class _ChannelNorm(torch.autograd.Function):
+    """y = n · scale + shift, n = (x − mean) · rstd. With p = dy · n, and means over the C channels of a pixel,
+
+    dx = rstd · (dy · scale − mean(dy · scale) − n · mean(p · scale)), dscale = Σ p, dshift = Σ dy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = _channel_norm(x, scale, shift, eps, overwrite=False)
+        ctx.save_for_backward(x, mean, rstd, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, mean, rstd, scale = ctx.saved_tensors
+        gain = scale.to(mean.dtype)  # 1 C 1 1
+        over_channels = gain.flatten(1)[:, None] / gain.numel()  # 1 1 C: over_channels @ y = mean(scale · y)
+        dscale, dshift = torch.zeros_like(gain), torch.zeros_like(gain)
+        dx: Tensor | None = None
+        for at in _pixel_pieces(x):
+            n = (x[at].to(mean.dtype) - mean[at]).mul_(rstd[at])
+            d = dy[at].to(mean.dtype)
+            p = d * n
+            dscale += p.sum((0, 2, 3), keepdim=True)
+            dshift += d.sum((0, 2, 3), keepdim=True)
+            weights = over_channels.expand(len(d), -1, -1)
+            mean_d, mean_p = ((weights @ y.flatten(2)).view(mean[at].shape) for y in (d, p))
+            torch.addcmul(mean_d, n, mean_p, out=n)
+            torch.mul(d, gain, out=p).sub_(n).mul_(rstd[at])
+            dx = _place(dx, p, x, at)
+        return dx, dscale.to(scale.dtype), dshift.to(scale.dtype), None
+
+
+def _channel_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised map, R C h w, and each pixel's mean and rstd, R 1 h w."""
+    gain, offset = scale.to(wide(x.dtype)), shift.to(wide(x.dtype))
+    mean, rstd = (gain.new_empty(x.shape[0], 1, *x.shape[2:]) for _ in range(2))
+    y = x if overwrite else None
+    for at in _pixel_pieces(x):
+        part = x[at].to(gain.dtype)
+        mean[at] = part.mean(1, keepdim=True)
+        n = part.sub_(mean[at]) if overwrite else part - mean[at]
+        del part
+        rstd[at] = (n * n).mean(1, keepdim=True).add_(eps).rsqrt_()
+        n.mul_(rstd[at])
+        y = _place(y, torch.addcmul(offset, n, gain, out=n), x, at)
+    assert y is not None
+    return y, mean, rstd
+
+
+def _pixel_pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Where the pieces of x (R C h w) lie: rows, channels (all), lines. One piece, unless x is of 16 bits."""
+    R, C, h, w = x.shape
+    whole = wide(x.dtype) == x.dtype
+    lines = h if whole else min(h, max(1, PIECE // (C * w)))
+    rows = R if whole else max(1, PIECE // (C * lines * w))
+    for r in range(0, R, rows):
+        for line in range(0, h, lines):
+            yield slice(r, min(r + rows, R)), slice(None), slice(line, min(line + lines, h))
+
+
+def _place(whole: Tensor | None, part: Tensor, like: Tensor, at: tuple[slice, slice, slice]) -> Tensor:
+    """Put a piece at its place; one in the right dtype is the whole already."""
+    if part.dtype == like.dtype:
+        return part if whole is None else whole
+    whole = torch.empty_like(like) if whole is None else whole
+    whole[at] = part
+    return whole
