@@ -7,6 +7,7 @@ something in it failed; 2 bad input; 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -176,7 +177,10 @@ def train(
 
     settings = settings.model_copy(update={"device": resolve_device(device or settings.device)})
     result = train_model(settings, out, resume=resume, show_bar=True)
-    typer.echo(str(result.checkpoint))
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
+        typer.echo(str(result.checkpoint) if result.checkpoint else "no checkpoint was saved")
+        if result.status != "ok":
+            typer.echo(f"pbbench: the loss was not a number at step {result.steps}; training stopped", err=True)
     raise typer.Exit(0 if result.status == "ok" else 1)
 
 

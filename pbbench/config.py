@@ -212,6 +212,8 @@ class QualityConfig(Section):
     """Images of the data that samples are compared with; absent: all of them."""
     kid_subset_size: Positive = 1000
     """Images per subset of the kernel distance; clipped to the smaller set."""
+    reference_grid: bool = True
+    """Show some reference images beside the samples in the report; false where they may not be published."""
     inception_weights: str | None = None
     """File with torch-fidelity's Inception weights; absent: PBBENCH_INCEPTION_WEIGHTS, the cache, or the download."""
     batch_size: Positive = 64

@@ -212,3 +212,20 @@ def test_convert_the_released_checkpoint(shared, tmp_path):
     x_t, t, wanted = expected["x_t"], expected["timestep"], expected["ema_model_output"]
     torch.testing.assert_close(model(x_t, t), wanted, rtol=1e-4, atol=1e-5)
     one_line(pbbench(*words), "not an empty folder")
+
+
+def test_unreadable_images_are_named_and_counted(tiny_file, folder, tmp_path):
+    import shutil
+
+    photos = tmp_path / "photos"
+    shutil.copytree(folder, photos)
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of an image")
+    words = ("--experiment", tiny_file, "--set", f"data.source={photos}")
+    done = pbbench("train", *words, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "broken.jpg" in done.stderr
+    assert "1 skipped" in done.stderr
+    done = pbbench("sweep", *words, "--dividers", "1", "--out", tmp_path / "sweep", "--set", "quality.num_images=8")
+    assert done.returncode == 0, done.stderr
+    assert "broken.jpg" in done.stderr
+    assert "1 skipped" in (tmp_path / "sweep" / "report.md").read_text()

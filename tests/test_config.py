@@ -44,7 +44,7 @@ def test_the_paper_files_are_the_paper():
         ("model.dim=20", "for example 16"),
         ("model.image_size=30", "image_size 32 would fit"),
         ("model.patch_divider=1000", "patch_divider 1, 2, 4, 8"),
-        ("model.dim_mults=[1,2,4,8,16]", "at most 4 levels"),
+        ("model.dim_mults=[1,1,1,1,1,1,1]", "at most 6 levels"),
         ("model.dim_mults=[2,4]", "must start with 1"),
         ("model.dim_mults=[]", "model.dim_mults"),
         ("model.patch_divider=x", "'x'"),

@@ -328,3 +328,20 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(tiny_file, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in told
     assert pbbench("sweep", "--resume", "--out", out).returncode == 0
+
+
+@pytest.mark.parametrize("step", ["sampling_workload", "training_workload"])
+def test_operations_are_counted_as_torch_counts_them(step):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pbbench.sweep import workload
+
+    experiment = tiny()
+    work = getattr(workload, step)(experiment.with_divider(1), cell_of(experiment), torch.device("cpu"))
+    work.run()
+    with FlopCounterMode(display=False) as torchs:
+        work.run()
+    with workload.FlopCount() as ours:
+        work.run()
+    assert ours.total == torchs.get_total_flops() > 0

@@ -32,14 +32,14 @@ class Cell:
         return {key: value for key, value in asdict(self).items() if key not in ("id", "kind")}
 
     def describe(self) -> str:
-        """For a person watching: "d=4, 8 patches a pass, batch 8"."""
+        """For a person watching: "d=4: 8 patches a pass, batch 8"."""
         if self.kind == "quality":
             return f"d={self.patch_divider}: train, sample, score"
         precision = "" if self.mixed_precision == "no" else f", {self.mixed_precision}"
         again = f", repeat {self.repeat}" if self.repeat else ""
         patches = "patch" if self.patch_batch_size == 1 else "patches"
         passes = f"{self.patch_batch_size} {patches} a pass, batch {self.batch_size}"
-        return f"d={self.patch_divider}: memory and speed, {passes}{precision}{again}"
+        return f"d={self.patch_divider}: {passes}{precision}{again}"
 
 
 def plan(experiment: Experiment) -> list[Cell]:

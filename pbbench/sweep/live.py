@@ -39,6 +39,7 @@ class LiveView:
         self.doing = ""
         self.began = 0.0
         self.progress: dict[str, Any] = {}
+        self.notes: set[str] = set()
         self.bar = Progress(TextColumn("cells"), BarColumn(40), MofNCompleteColumn(), console=console)
         self.task = self.bar.add_task("", total=1)
         self.live: Live | None = (
@@ -68,6 +69,9 @@ class LiveView:
             self.doing, self.progress = WORDS.get(event["phase"], event["phase"]), {}
         elif event["event"] == "progress":
             self.progress = event
+        elif event["event"] == "note" and event["text"] not in self.notes:
+            self.notes.add(event["text"])  # every quality cell reads the same images
+            self.console.print(event["text"], highlight=False, markup=False)
 
     def cell_ended(self, cell: Cell, result: CellResult, seconds: float) -> None:
         self.running = None
@@ -88,6 +92,8 @@ class LiveView:
         return max(0.0, sum(mean[cell.kind] for cell in left) - gone)
 
     def __rich__(self) -> RenderableType:
+        if not self.cells:
+            return Text("looking at the machine", style="dim")
         left = self.seconds_left()
         remaining = "time left: not known yet" if left is None else f"about {_clock(left)} left"
         lines: list[RenderableType] = [self.bar, Text(remaining, style="dim")]
@@ -119,7 +125,7 @@ def _summary(result: CellResult) -> str:
     for row in result.rows:
         peak = row.peak_allocated_bytes or row.peak_live_bytes
         if row.temperature == "warm" and row.phase in ("sample_step", "train_step"):
-            parts.append(f"{row.phase.removesuffix('_step')} {format_bytes(peak)}, {row.images_per_second or 0:.1f} images/s")
+            parts.append(f"{row.phase.removesuffix('_step')} {format_bytes(peak)}, {row.images_per_second or 0:.3g} images/s")
         if row.phase == "quality":
             named = ("frechet_inception_distance", "random_features_frechet_distance")
             parts += [f"{name} {getattr(row, name):.3f}" for name in named if getattr(row, name) is not None]

@@ -37,6 +37,8 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
         raise InputError(f"the checkpoint {checkpoint} is of another network than the sweep's divider {cell.patch_divider}")
     diffusion = Diffusion(experiment.diffusion, device)
     data, held_out = training_and_held_out(experiment)
+    if data.skipped:
+        emit("note", text=data.notice())
     reference = data.subset(0, min(experiment.quality.num_reference_images or len(data), len(data)))
 
     emit("phase", phase="sample")
@@ -46,7 +48,8 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     seconds = {"sample_seconds": time.perf_counter() - started}
     grid = f"samples/{cell.id}.png"
     write_grid(run / grid, torch.stack(samples[:GRID_IMAGES]))
-    write_grid(run / "samples" / "reference.png", reference.batch(range(min(GRID_IMAGES, len(reference)))))
+    if experiment.quality.reference_grid:
+        write_grid(run / "samples" / "reference.png", reference.batch(range(min(GRID_IMAGES, len(reference)))))
 
     emit("phase", phase="score")
     started = time.perf_counter()
@@ -65,6 +68,7 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     columns = {name: value for name, value in scores.items() if name in COLUMNS}
     emit("row", row={**base_row(experiment, cell, device_name), "phase": "quality", **columns, **described})
     sets = {"reference": reference.description, "num_reference_images": len(reference)}
+    sets["skipped"] = [f"{unreadable.name}: {unreadable.reason}" for unreadable in data.skipped]
     sets["num_held_out"] = len(held_out) if held_out else 0
     emit("detail", grid=grid, metrics=scores, held_out=loss, training_seed=experiment.seed, **sets, **seconds, **trained)
 

@@ -1,7 +1,7 @@
 """One cell, one fresh process: ``python -m pbbench.sweep.worker``, a job on stdin, JSON lines on stdout.
 
-The worker writes no results; it tells its parent what happened, line by line ({"event": "phase" | "row" | "progress" |
-"detail" | "error" | "done"}), so that whatever kills it, what it had measured is kept. When the parent dies, stdin closes and
+The worker writes no results; it tells its parent what happened, line by line ({"event": "phase", "row", "progress", "note",
+"detail", "error" or "done"}), so that whatever kills it, what it had measured is kept. When the parent dies, stdin closes and
 the worker leaves at once: no orphan goes on computing beside a resumed sweep.
 
 A measured workload: build (phase load) → cold step, metered → warm-up → warm steps, metered and timed → one traced step,
@@ -63,7 +63,8 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) ->
 
 def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, common: dict[str, Any], emit: Emit) -> None:
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+
+    from pbbench.sweep.workload import FlopCount
 
     sweep = experiment.sweep
     with meter.phase(phase) as cold:
@@ -79,8 +80,7 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
             work.run()
             synchronize()
             times.append(time.perf_counter() - start)
-    flops = FlopCounterMode(display=False)
-    with flops:
+    with FlopCount() as flops:
         live = work.trace()
     seconds = statistics.median(times)
     untraced = "live tensors are counted on a warm step"
@@ -103,7 +103,7 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
             "temperature": "warm",
             "seconds_per_step": seconds,
             "images_per_second": work.images / seconds,
-            "flops_per_image": flops.get_total_flops() // work.images,
+            "flops_per_image": flops.total // work.images,
             "peak_live_bytes": live.peak_bytes,
             **{f"{name}_bytes": live.by_category[name] for name in CATEGORIES},
             **with_reason(columns_of(warm), "predicted_allocated_bytes", "pbbench predict gives it"),

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from pbbench.config import Experiment
 from pbbench.memory.predict import Step
@@ -49,6 +52,22 @@ def sampling_workload(experiment: Experiment, cell: Cell, device: torch.device) 
             sample_step(model, diffusion, x_t, t, noise, cell.patch_batch_size)
 
     return Workload(step, model, inputs=(x_t, t, noise), images=cell.batch_size)
+
+
+class FlopCount(TorchDispatchMode):
+    """Floating-point operations (a multiply-add is two) by torch's own formulas, without FlopCounterMode's module tracking,
+    which costs more than the step itself. ``total`` grows while the mode is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def training_workload(experiment: Experiment, cell: Cell, device: torch.device) -> Workload:

@@ -74,6 +74,12 @@ class ImageSet(Dataset[torch.Tensor]):
             raise IndexError(f"image {index} of {len(self)}")
         return self.batch([index % len(self)])[0]
 
+    def notice(self) -> str:
+        """What the images are and, by name, which could not be read (the first five): for a person, in a few lines."""
+        names = [f"  skipped {unreadable.name}: {unreadable.reason}" for unreadable in self.skipped[:5]]
+        more = [f"  and {len(self.skipped) - 5:,} more"] if len(self.skipped) > 5 else []
+        return "\n".join([self.description, *names, *more])
+
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
         """Several images as one new uint8 (N, 3, H, W). Raises InputError where no image of the set can be read any more."""
         numbers = np.asarray(indices, np.int64)

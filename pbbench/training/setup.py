@@ -55,7 +55,7 @@ def build_accelerator(experiment: Experiment, device: str | torch.device = "auto
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=section.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=list(trackers) or None,
         project_dir=str(out) if trackers else None,
     )

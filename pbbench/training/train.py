@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -252,6 +253,8 @@ def _train(
     if section.trackers:
         accelerator.init_trackers("pbbench", config={"experiment": experiment.to_toml()})
     main = accelerator.is_main_process
+    if show_bar and main:
+        print(f"images: {images.notice()}", file=sys.stderr)
     settle_every = 1 if accelerator.device.type == "cpu" else SETTLE_EVERY
     tolerated = SKIPPED_STEPS_TOLERATED if section.mixed_precision == "fp16" else 0
     pending: list[Tensor] = []

@@ -1,0 +1,41 @@
+"""The README keeps its word: its two lines, every command, every file it points to."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pbbench import cli
+from pbbench.config import preset_names
+from pbbench.records import COLUMNS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [c.name or c.callback.__name__ for c in cli.app.registered_commands])
+def test_every_command_has_a_place(name):
+    assert f"`pbbench {name}" in README
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_every_link_leads_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_the_presets_it_names_exist():
+    for name in re.findall(r"(?:experiments/|--preset )([a-z0-9-]+)(?:\.toml|\b)", README):
+        assert name in preset_names()
+
+
+def test_the_columns_it_names_exist():
+    table = README.partition("## How to read a row")[2].partition("\n## ")[0]
+    named = re.findall(r"`([a-z_]+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    assert len(named) > 15
+    assert set(named) <= set(COLUMNS)
+
+
+def test_ci_runs_the_readmes_own_test_line():
+    line = README.partition("<!-- test line -->")[2].partition("```sh\n")[2].splitlines()[0]
+    assert line.endswith("-m pytest -q")
+    assert "<!-- test line -->" in (ROOT / ".ci" / "run").read_text()
