@@ -2,10 +2,14 @@
 
 These are live tensor bytes (each storage rounded up to 512 bytes): what max_memory_allocated counts, less the buffers that
 CUDA's own kernels ask for. What the caching allocator reserves and what the driver's context takes is not in them.
+
+A chunked step is traced without the chunks that only repeat others (``repeated_chunks_skipped``): the peak is the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,19 +40,54 @@ class Forecast:
         }
 
 
-def forecast(experiment: Experiment, cell: Cell) -> Forecast:
-    """Trace a cell's steps on fake tensors: nothing is computed and no memory of any size is taken."""
+@contextmanager
+def repeated_chunks_skipped(batch_size: int) -> Iterator[None]:
+    """In this context a step of ``batch_size`` images runs only the chunks of patches that can differ in memory.
+
+    They are the first (gradients do not exist yet), the second (from here on they do), the last (it may be smaller), and, after
+    the first, one chunk of a single patch index (a view of the images) and one that straddles indices (a copy). Nothing of a
+    finished chunk survives, so every other one repeats the bytes of one of these. The step's results are meaningless.
+    """
+    import pbbench.model.unet as sampling_loop
+    import pbbench.training.train as training_loop
+    from pbbench.model.patching import row_chunks
+
+    def few(num_rows: int, patch_batch_size: int | None) -> list[slice]:
+        chunks = row_chunks(num_rows, patch_batch_size)
+        kept = {0, 1, len(chunks) - 1}
+        for straddling in (False, True):
+            of_a_kind = (
+                number
+                for number, rows in enumerate(chunks)
+                if number > 0 and (rows.start // batch_size != (rows.stop - 1) // batch_size) is straddling
+            )
+            kept.add(next(of_a_kind, 0))
+        return [rows for number, rows in enumerate(chunks) if number in kept]
+
+    sampling_loop.row_chunks = training_loop.row_chunks = few
+    try:
+        yield
+    finally:
+        sampling_loop.row_chunks = training_loop.row_chunks = row_chunks
+
+
+def forecast(experiment: Experiment, cell: Cell, *, every_chunk: bool = False) -> Forecast:
+    """Trace a cell's steps on fake tensors: nothing is computed and no memory of any size is taken.
+
+    every_chunk: also those that repeat others; slower, with the same peaks.
+    """
     import torch
 
     from pbbench.memory.predict import predict
     from pbbench.sweep.workload import sampling_workload, training_workload
 
     resolved, device = experiment.with_divider(cell.patch_divider), torch.device("cpu")
-    return Forecast(
-        cell,
-        predict(lambda: sampling_workload(resolved, cell, device)),
-        predict(lambda: training_workload(resolved, cell, device)),
-    )
+    with nullcontext() if every_chunk else repeated_chunks_skipped(cell.batch_size):
+        return Forecast(
+            cell,
+            predict(lambda: sampling_workload(resolved, cell, device)),
+            predict(lambda: training_workload(resolved, cell, device)),
+        )
 
 
 def forecast_table(experiment: Experiment, cells: list[Cell]) -> Table:
