@@ -44,25 +44,20 @@ class Forecast:
 def repeated_chunks_skipped(batch_size: int) -> Iterator[None]:
     """In this context a step of ``batch_size`` images runs only the chunks of patches that can differ in memory.
 
-    They are the first (gradients do not exist yet), the second (from here on they do), the last (it may be smaller), and, after
-    the first, one chunk of a single patch index (a view of the images) and one that straddles indices (a copy). Nothing of a
-    finished chunk survives, so every other one repeats the bytes of one of these. The step's results are meaningless.
+    They are the first (it finds no gradients) and, of those after it, one of each kind: chunks have equal kinds where they have
+    equally many rows and either both are a view of the images (a single patch index) or both a copy (they straddle indices).
+    Nothing of a finished chunk survives, so every other chunk repeats one of these. The step's results are meaningless.
     """
     import pbbench.model.unet as sampling_loop
     import pbbench.training.train as training_loop
     from pbbench.model.patching import row_chunks
 
+    def kind(rows: slice) -> tuple[int, bool]:
+        return rows.stop - rows.start, rows.start // batch_size == (rows.stop - 1) // batch_size
+
     def few(num_rows: int, patch_batch_size: int | None) -> list[slice]:
-        chunks = row_chunks(num_rows, patch_batch_size)
-        kept = {0, 1, len(chunks) - 1}
-        for straddling in (False, True):
-            of_a_kind = (
-                number
-                for number, rows in enumerate(chunks)
-                if number > 0 and (rows.start // batch_size != (rows.stop - 1) // batch_size) is straddling
-            )
-            kept.add(next(of_a_kind, 0))
-        return [rows for number, rows in enumerate(chunks) if number in kept]
+        first, *others = row_chunks(num_rows, patch_batch_size)
+        return [first, *{kind(rows): rows for rows in reversed(others)}.values()]
 
     sampling_loop.row_chunks = training_loop.row_chunks = few
     try:
