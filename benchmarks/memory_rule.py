@@ -30,7 +30,7 @@ def share(row: Row) -> float:
 
 
 def accumulating(row: Row) -> int:
-    """A row's peak where gradients of earlier micro-batches lie beside the activations, to the bytes of the gradients at most."""
+    """At most this is a row's peak where the gradients of earlier micro-batches lie beside its activations."""
     if row["step"] == "sample":
         return row["peak_bytes"]
     return row["peak_bytes"] - row["gradients_bytes"] + row["weights_bytes"]
@@ -57,9 +57,9 @@ def lines(rows: Sequence[Row]) -> list[str]:
     text = [
         "## The rule",
         "",
-        "Dividing the pass shrinks activations and nothing else, so **the share of activations at d = 1 bounds what any divider can "
-        f"save**. Called no help below: a saving under {WORTH:.0%} of the peak. *Batch of 1*: the same images one at a time at d = 1 "
-        "(in training with gradient accumulation), the rival that costs neither parameters nor context.",
+        "Dividing the pass shrinks activations and nothing else, so **the share of activations at d = 1 bounds what any "
+        f"divider can save**. Called no help below: a saving under {WORTH:.0%} of the peak. *Batch of 1*: the same images "
+        "one at a time at d = 1 (in training with gradient accumulation), the rival that costs neither parameters nor context.",
     ]
     for step, title in memory_table.STEPS.items():
         found = _index(rows, step)
@@ -95,10 +95,10 @@ def _same_pass(rows: Sequence[Row]) -> list[str]:
     size, batch, d, peak, fewer, small = pairs[0]
     return [
         "",
-        "**A smaller batch does the same** as long as there is one: one patch index of N images at d has as many pixels a pass as N / d² "
-        f"images at d = 1. Training {size}², d = {d}, batch {batch}: {memory_table.mib(peak)} MiB; d = 1, micro-batches of {fewer}, "
-        f"accumulated: {memory_table.mib(small)} MiB (over all such pairs of the table {min(apart):+.0%} to {max(apart):+.0%}). "
-        "Below one image a pass, only patches or recomputation go on.",
+        "**A smaller batch does the same** as long as there is one: one patch index of N images at d has as many pixels a pass "
+        f"as N / d² images at d = 1. Training {size}², d = {d}, batch {batch}: {memory_table.mib(peak)} MiB; d = 1, "
+        f"micro-batches of {fewer}, accumulated: at most {memory_table.mib(small)} MiB (over all such pairs of the table {min(apart):+.0%} to "
+        f"{max(apart):+.0%}). Below one image a pass, only patches or recomputation go on.",
     ]
 
 

@@ -3,8 +3,8 @@
     python benchmarks/memory_table.py [--out results/memory]
 
 pbbench's steps are traced on fake tensors (``pbbench.sweep.forecast``), so no GPU is needed and nothing is computed; beside
-them stand the figures of the released code (``reference_memory.json``, see README.md), counted in the same way. Neither holds an
-average of the weights: the trace has one in training, and its bytes are taken off here.
+them stand the figures of the released code (``reference_memory.json``, see README.md), counted in the same way. Neither
+holds an average of the weights: the trace has one in training, and its bytes are taken off here.
 
 Writes memory.csv (bytes), memory.md (MiB, with the rule that follows), memory.png and .svg, rivals.csv and rivals.md,
 environment.json and README.md.
@@ -25,7 +25,6 @@ from typing import Any
 
 import memory_rule
 import rivals
-
 from pbbench import environment
 from pbbench.config import Experiment, parse_experiment
 from pbbench.sweep.grid import plan
@@ -45,7 +44,7 @@ def paper(image_size: int, **sections: Any) -> Experiment:
 
 
 def cells(sizes: Sequence[int] = SIZES, batches: Sequence[int] = BATCHES, dividers: Sequence[int] = DIVIDERS) -> list[tuple]:
-    """(image size, batch, divider, passes). At d = 1 one patch index is all there is; above 256² only "index" is of interest."""
+    """(image size, batch, divider, passes). At d = 1 "index" is "all"; above 256² only "index" is traced."""
     return [
         (size, batch, d, passes)
         for size in sizes
@@ -108,9 +107,9 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [
         "# Memory of the paper's network",
         "",
-        "dim 128, widths × 1, 2, 4, 8, float32; peak of live tensor bytes of one warm step, in MiB (2²⁰ bytes), without an average "
-        "of the weights. *Reference*: the released code, all patches in one pass. *All*, *index*: pbbench with all patches in "
-        "one pass, and with one patch index of every image at a time. The split is that of *index* and sums to it; activations "
+        "dim 128, widths × 1, 2, 4, 8, float32; peak of live tensor bytes of one warm step, in MiB (2²⁰ bytes), "
+        "without an average of the weights. *Reference*: the released code, all patches in one pass. *All*, *index*: pbbench with all "
+        "patches in one pass, and with one patch index of every image at a time. The split is that of *index* and sums to it; activations "
         "include the inputs. *Ratio*: index against the reference.",
         "",
         *memory_rule.lines(rows),
@@ -121,14 +120,13 @@ def markdown(rows: Sequence[Row]) -> str:
             stacked = {(r["batch_size"], r["patch_divider"]): r["peak_bytes"] for r in chosen if r["passes"] == "all"}
             lines += ["", f"## {title}, {size} × {size}", ""]
             lines += ["| batch | d | reference | all | index | weights | gradients | optimizer | activations | ratio |"]
-            lines += ["|---:|" * 1 + "---:|" * 9]
+            lines += ["|" + "---:|" * 10]
             for (_, batch, d), r in sorted(index_rows(chosen, step).items()):
                 reference, peak = r["reference_stacked_bytes"], r["peak_bytes"]
                 split = " | ".join(mib(r[f"{part}_bytes"]) for part in PARTS)
                 ratio = f"{peak / reference:.2f}" if reference else "–"
-                lines += [
-                    f"| {batch} | {d} | {mib(reference)} | {mib(stacked.get((batch, d)))} | **{mib(peak)}** | {split} | {ratio} |"
-                ]
+                peaks = f"{mib(reference)} | {mib(stacked.get((batch, d)))} | **{mib(peak)}**"
+                lines += [f"| {batch} | {d} | {peaks} | {split} | {ratio} |"]
     return "\n".join(lines) + "\n"
 
 
@@ -164,7 +162,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "# Memory of the paper's network, reference against pbbench\n\n"
         "```sh\npython benchmarks/memory_table.py --out results/memory\n```\n\n"
         f"Took {seconds:.0f} s on {cores} cores ({machine['cpu']}), torch {machine['torch']}; no GPU, no network.\n\n"
-        "- [memory.md](memory.md): the table and the rule that follows; [memory.csv](memory.csv): the same in bytes, a row per cell\n"
+        "- [memory.md](memory.md): the table and the rule that follows; [memory.csv](memory.csv): the same in bytes\n"
         "- [rivals.md](rivals.md), [rivals.csv](rivals.csv): what else fits in the same memory\n"
         "- [memory.png](memory.png), [memory.svg](memory.svg): the training peaks at 128 × 128\n"
         "- [environment.json](environment.json): machine, versions, commit\n",

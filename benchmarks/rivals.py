@@ -2,7 +2,7 @@
 
 The case: 128 × 128 images, batch 32, d = 4, one patch index of every image at a time. Against it, all with the undivided image
 (d = 1) and the same 32 images per optimizer step: a smaller micro-batch with gradient accumulation; recomputation in backward;
-both; a narrower network. FLOPs are those of a whole training step by torch's formulas, per image; parameters stand for capacity.
+both; a narrower network. FLOPs are those of a training step by torch's formulas, per image; parameters stand for capacity.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Row = dict[str, Any]
 
 def step(d: int, batch: int, *, passes: str = "all", dim: int = DIM, recompute: str = "none", accumulate: bool = False) -> Row:
     """The training step's peak without an average of the weights, in bytes, its FLOPs per image and its parameters."""
-    import memory_table
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    import memory_table
     from pbbench.memory.predict import predict
     from pbbench.sweep.forecast import repeated_chunks_skipped
     from pbbench.sweep.grid import plan
@@ -113,9 +113,9 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [
         "# Rivals at equal memory",
         "",
-        f"Training the paper's network on {SIZE} × {SIZE} images, {BATCH} images per optimizer step, float32, Adam, without an average "
-        f"of the weights. All fit or do not fit into the peak of the first line, {limit / 2**20:,.0f} MiB of live tensors. FLOPs: forward "
-        "and backward per image, by torch's formulas, relative to the first line; real times also depend on how well a pass "
+        f"Training the paper's network on {SIZE} × {SIZE} images, {BATCH} images per optimizer step, float32, Adam, without an "
+        f"average of the weights. The limit is the peak of the first line, {limit / 2**20:,.0f} MiB of live tensors. FLOPs: "
+        "forward and backward per image, by torch's formulas, relative to the first line; real times also depend on how well a pass "
         "fills the device.",
         "",
         "| | peak, MiB | fits | FLOPs | parameters, M | what it gives up |",
@@ -129,8 +129,8 @@ def markdown(rows: Sequence[Row]) -> str:
             lost.append(f"capacity: {row['parameters'] / parameters:.0%} of the parameters")
         if row["patch_divider"] > 1:
             lost.append("each patch sees the rest of the image only as a small copy (quality to be measured)")
-        lines.append(
-            f"| {row['name']} | {row['peak_bytes'] / 2**20:,.0f} | {'yes' if row['peak_bytes'] <= limit else 'no'} "
-            f"| {row['flops_per_image'] / flops:.2f} | {row['parameters'] / 1e6:.1f} | {'; '.join(lost) or 'nothing in the model or its gradients'} |"
-        )
+        cost = "; ".join(lost) or "nothing of the model or its gradients"
+        fits = "yes" if row["peak_bytes"] <= limit else "no"
+        figures = f"{row['flops_per_image'] / flops:.2f} | {row['parameters'] / 1e6:.1f}"
+        lines.append(f"| {row['name']} | {row['peak_bytes'] / 2**20:,.0f} | {fits} | {figures} | {cost} |")
     return "\n".join(lines) + "\n"

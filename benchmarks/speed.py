@@ -16,12 +16,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import memory_table
 from memory_table import STEPS, Row, write_csv
-
 from pbbench import environment
 from pbbench.config import TrainingConfig, parse_experiment
 from pbbench.errors import InputError
@@ -129,9 +129,10 @@ def markdown(rows: Sequence[Row], device: str) -> str:
     lines = [
         "# Speed: training and sampling steps",
         "",
-        f"dim {first['dim']}, widths × 1, 2, 4, 8, batch {first['batch_size']}, float32, on {device}: medians of "
-        f"{min(r['rounds'] for r in rows)} rounds in which all variants take turns. Times count as ratios only: *speed* is relative to "
-        "all patches in one pass at the same divider (above 1 is faster); *over d = 1* is the time against the undivided image.",
+        f"dim {first['dim']}, widths × 1, 2, 4, 8, batch {first['batch_size']}, float32, on {device}: "
+        f"medians of {min(r['rounds'] for r in rows)} rounds in which all variants take turns. Times count as ratios only: "
+        "*speed* is relative to all patches in one pass at the same divider (above 1 is faster); *over d = 1* is the time against the "
+        "undivided image.",
     ]
     for step, title in STEPS.items():
         lines += ["", f"## {title}", "", "| image | d | patches a pass | recompute | ms per image | speed | over d = 1 |"]
@@ -159,7 +160,7 @@ def growth(rows: Sequence[Row]) -> list[str]:
                 for r in rows
                 if r["step"] == step and r["passes"] == passes and r["recompute"] == "none"
             }
-            for small, large in zip(sizes, sizes[1:], strict=False):
+            for small, large in pairwise(sizes):
                 factors = [f"d = {d}: {of[large, d] / of[small, d]:.1f}" for s, d in of if s == small and (large, d) in of]
                 if factors:
                     pixels = (large / small) ** 2
@@ -170,7 +171,8 @@ def growth(rows: Sequence[Row]) -> list[str]:
         costs = [r["time_over_no_recompute"] for r in rows if r["recompute"] == how]
         if costs:
             text.append(
-                f"- recompute = {how}: {statistics.median(costs):.2f} of the time without (from {min(costs):.2f} to {max(costs):.2f})"
+                f"- recompute = {how}: {statistics.median(costs):.2f} of the time without "
+                f"(from {min(costs):.2f} to {max(costs):.2f})"
             )
     return text
 
