@@ -97,8 +97,8 @@ def _same_pass(rows: Sequence[Row]) -> list[str]:
         "",
         "**A smaller batch does the same** as long as there is one: one patch index of N images at d has as many pixels a pass "
         f"as N / d² images at d = 1. Training {size}², d = {d}, batch {batch}: {memory_table.mib(peak)} MiB; d = 1, "
-        f"micro-batches of {fewer}, accumulated: at most {memory_table.mib(small)} MiB (over all such pairs of the table {min(apart):+.0%} to "
-        f"{max(apart):+.0%}). Below one image a pass, only patches or recomputation go on.",
+        f"micro-batches of {fewer}, accumulated: at most {memory_table.mib(small)} MiB (over all such pairs of the table "
+        f"{min(apart):+.0%} to {max(apart):+.0%}). Below one image a pass, only patches or recomputation go on.",
     ]
 
 

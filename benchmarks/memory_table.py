@@ -17,6 +17,7 @@ import csv
 import json
 import multiprocessing
 import os
+import resource
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -108,9 +109,9 @@ def markdown(rows: Sequence[Row]) -> str:
         "# Memory of the paper's network",
         "",
         "dim 128, widths × 1, 2, 4, 8, float32; peak of live tensor bytes of one warm step, in MiB (2²⁰ bytes), "
-        "without an average of the weights. *Reference*: the released code, all patches in one pass. *All*, *index*: pbbench with all "
-        "patches in one pass, and with one patch index of every image at a time. The split is that of *index* and sums to it; activations "
-        "include the inputs. *Ratio*: index against the reference.",
+        "without an average of the weights. *Reference*: the released code, all patches in one pass. *All*, *index*: pbbench "
+        "with all patches in one pass, and with one patch index of every image at a time. The split is that of *index* and "
+        "sums to it; activations include the inputs. *Ratio*: index against the reference.",
         "",
         *memory_rule.lines(rows),
     ]
@@ -157,18 +158,20 @@ def main(words: Sequence[str] | None = None) -> None:
     memory_rule.save_figure(rows, out)
     machine = environment.probe("cpu")
     (out / "environment.json").write_text(json.dumps(machine, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    seconds = time.monotonic() - started
+    seconds, used = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = used.ru_utime + used.ru_stime
     (out / "README.md").write_text(
         "# Memory of the paper's network, reference against pbbench\n\n"
         "```sh\npython benchmarks/memory_table.py --out results/memory\n```\n\n"
-        f"Took {seconds:.0f} s on {cores} cores ({machine['cpu']}), torch {machine['torch']}; no GPU, no network.\n\n"
+        f"Took {seconds:.0f} s, {busy:.0f} s of processor time, on {cores} cores ({machine['cpu']}), "
+        f"torch {machine['torch']}; no GPU, no network.\n\n"
         "- [memory.md](memory.md): the table and the rule that follows; [memory.csv](memory.csv): the same in bytes\n"
         "- [rivals.md](rivals.md), [rivals.csv](rivals.csv): what else fits in the same memory\n"
         "- [memory.png](memory.png), [memory.svg](memory.svg): the training peaks at 128 × 128\n"
         "- [environment.json](environment.json): machine, versions, commit\n",
         encoding="utf-8",
     )
-    print(f"{out}: {len(rows)} rows and {len(compared)} rivals in {seconds:.0f} s")
+    print(f"{out}: {len(rows)} rows and {len(compared)} rivals in {seconds:.0f} s ({busy:.0f} s of processor time)")
 
 
 if __name__ == "__main__":

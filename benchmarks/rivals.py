@@ -115,8 +115,8 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         f"Training the paper's network on {SIZE} × {SIZE} images, {BATCH} images per optimizer step, float32, Adam, without an "
         f"average of the weights. The limit is the peak of the first line, {limit / 2**20:,.0f} MiB of live tensors. FLOPs: "
-        "forward and backward per image, by torch's formulas, relative to the first line; real times also depend on how well a pass "
-        "fills the device.",
+        "forward and backward per image, by torch's formulas, relative to the first line; real times also depend on how well "
+        "a pass fills the device.",
         "",
         "| | peak, MiB | fits | FLOPs | parameters, M | what it gives up |",
         "|---|---:|---|---:|---:|---|",

@@ -131,8 +131,8 @@ def markdown(rows: Sequence[Row], device: str) -> str:
         "",
         f"dim {first['dim']}, widths × 1, 2, 4, 8, batch {first['batch_size']}, float32, on {device}: "
         f"medians of {min(r['rounds'] for r in rows)} rounds in which all variants take turns. Times count as ratios only: "
-        "*speed* is relative to all patches in one pass at the same divider (above 1 is faster); *over d = 1* is the time against the "
-        "undivided image.",
+        "*speed* is relative to all patches in one pass at the same divider (above 1 is faster); *over d = 1* is the time "
+        "against the undivided image.",
     ]
     for step, title in STEPS.items():
         lines += ["", f"## {title}", "", "| image | d | patches a pass | recompute | ms per image | speed | over d = 1 |"]
