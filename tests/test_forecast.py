@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from pbbench.config import load_experiment, parse_experiment
+from pbbench.model import unet
 from pbbench.records import CATEGORIES
-from pbbench.sweep.forecast import forecast
+from pbbench.sweep.forecast import forecast, repeated_chunks_skipped
 from pbbench.sweep.grid import plan
 from pbbench.sweep.workload import sampling_workload, training_workload
+from pbbench.training import train
 
 SMALL = {
     "model": {"dim": 16, "dim_mults": [1, 2], "image_size": 16},
@@ -29,6 +31,28 @@ def test_the_forecast_equals_the_step_run_for_real_to_the_byte(cell):
     training = training_workload(experiment, cell, torch.device("cpu"))
     training.run()
     assert training.trace().by_category == predicted.train_step.by_category
+
+
+@pytest.mark.parametrize(("d", "chunk", "batch"), [(1, 2, 5), (2, 3, 2), (2, 2, 5), (4, 3, 1), (4, 7, 3)])
+def test_chunks_that_repeat_others_can_be_skipped(d, chunk, batch):
+    """Chunks of one index, chunks that straddle two or more, and a last one that is smaller: the same peaks and split."""
+    sweep = {"dividers": [d], "patch_batch_sizes": [chunk], "batch_sizes": [batch], "quality": False}
+    experiment = parse_experiment({"model": {"dim": 16, "dim_mults": [1], "image_size": 16}, "sweep": sweep}, "test")
+    (cell,) = plan(experiment)
+    quick, whole = forecast(experiment, cell), forecast(experiment, cell, every_chunk=True)
+    for name in ("sample_step", "train_step"):
+        few, all_of_them = getattr(quick, name), getattr(whole, name)
+        assert few.peak_bytes == all_of_them.peak_bytes
+        assert few.by_category == all_of_them.by_category
+        assert {phase: peak.peak_bytes for phase, peak in few.phases.items()} == {
+            phase: peak.peak_bytes for phase, peak in all_of_them.phases.items()
+        }
+
+
+def test_the_chunk_loop_is_put_back():
+    with repeated_chunks_skipped(1):
+        assert len(unet.row_chunks(64, 1)) == len(train.row_chunks(64, 1)) == 2
+    assert len(unet.row_chunks(64, 1)) == len(train.row_chunks(64, 1)) == 64
 
 
 def test_the_papers_network_at_batch_1():

@@ -2,10 +2,14 @@
 
 These are live tensor bytes (each storage rounded up to 512 bytes): what max_memory_allocated counts, less the buffers that
 CUDA's own kernels ask for. What the caching allocator reserves and what the driver's context takes is not in them.
+
+A chunked step is traced without the chunks that only repeat others (``repeated_chunks_skipped``): the peak is the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,19 +40,49 @@ class Forecast:
         }
 
 
-def forecast(experiment: Experiment, cell: Cell) -> Forecast:
-    """Trace a cell's steps on fake tensors: nothing is computed and no memory of any size is taken."""
+@contextmanager
+def repeated_chunks_skipped(batch_size: int) -> Iterator[None]:
+    """In this context a step of ``batch_size`` images runs only the chunks of patches that can differ in memory.
+
+    They are the first (it finds no gradients) and, of those after it, one of each kind: chunks have equal kinds where they have
+    equally many rows and either both are a view of the images (a single patch index) or both a copy (they straddle indices).
+    Nothing of a finished chunk survives, so every other chunk repeats one of these. The step's results are meaningless.
+    """
+    import pbbench.model.unet as sampling_loop
+    import pbbench.training.train as training_loop
+    from pbbench.model.patching import row_chunks
+
+    def kind(rows: slice) -> tuple[int, bool]:
+        return rows.stop - rows.start, rows.start // batch_size == (rows.stop - 1) // batch_size
+
+    def few(num_rows: int, patch_batch_size: int | None) -> list[slice]:
+        first, *others = row_chunks(num_rows, patch_batch_size)
+        return [first, *{kind(rows): rows for rows in reversed(others)}.values()]
+
+    sampling_loop.row_chunks = training_loop.row_chunks = few
+    try:
+        yield
+    finally:
+        sampling_loop.row_chunks = training_loop.row_chunks = row_chunks
+
+
+def forecast(experiment: Experiment, cell: Cell, *, every_chunk: bool = False) -> Forecast:
+    """Trace a cell's steps on fake tensors: nothing is computed and no memory of any size is taken.
+
+    every_chunk: also those that repeat others; slower, with the same peaks.
+    """
     import torch
 
     from pbbench.memory.predict import predict
     from pbbench.sweep.workload import sampling_workload, training_workload
 
     resolved, device = experiment.with_divider(cell.patch_divider), torch.device("cpu")
-    return Forecast(
-        cell,
-        predict(lambda: sampling_workload(resolved, cell, device)),
-        predict(lambda: training_workload(resolved, cell, device)),
-    )
+    with nullcontext() if every_chunk else repeated_chunks_skipped(cell.batch_size):
+        return Forecast(
+            cell,
+            predict(lambda: sampling_workload(resolved, cell, device)),
+            predict(lambda: training_workload(resolved, cell, device)),
+        )
 
 
 def forecast_table(experiment: Experiment, cells: list[Cell]) -> Table:

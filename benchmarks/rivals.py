@@ -1,0 +1,136 @@
+"""What else fits where patching fits: the honest rivals of one patch index at a time, at no more than its training peak.
+
+The case: 128 × 128 images, batch 32, d = 4, one patch index of every image at a time. Against it, all with the undivided image
+(d = 1) and the same 32 images per optimizer step: a smaller micro-batch with gradient accumulation; recomputation in backward;
+both; a narrower network. FLOPs are those of a training step by torch's formulas, per image; parameters stand for capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+from pbbench.config import TrainingConfig
+
+SIZE, BATCH, DIVIDER, DIM = 128, 32, 4, 128
+RECOMPUTE = ("cheap", "full")
+
+Row = dict[str, Any]
+
+
+def step(d: int, batch: int, *, passes: str = "all", dim: int = DIM, recompute: str = "none", accumulate: bool = False) -> Row:
+    """The training step's peak without an average of the weights, in bytes, its FLOPs per image and its parameters."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import memory_table
+    from pbbench.memory.predict import predict
+    from pbbench.sweep.forecast import repeated_chunks_skipped
+    from pbbench.sweep.grid import plan
+    from pbbench.sweep.workload import FlopCount, training_workload
+
+    def experiment(images: int, micro_batches: int, passes: str) -> tuple[Any, Any]:
+        training = {"gradient_accumulation_steps": micro_batches}
+        if recompute != "none":
+            training["recompute"] = recompute
+        sweep = {"dividers": [d], "batch_sizes": [images], "patch_batch_sizes": [passes], "quality": False}
+        found = memory_table.paper(SIZE, model={"dim": dim}, training=training, sweep=sweep)
+        return found, plan(found)[0]
+
+    cpu = torch.device("cpu")
+    # From the second micro-batch on gradients lie beside the activations; more than two change nothing.
+    settings, cell = experiment(batch, 2 if accumulate else 1, passes)
+    with repeated_chunks_skipped(batch):
+        live = predict(lambda: training_workload(settings, cell, cpu))
+    settings, cell = experiment(1, 1, "all")
+    with FakeTensorMode():
+        work = training_workload(settings, cell, cpu)
+        with FlopCount() as flops:
+            work.run()
+        parameters = sum(p.numel() for p in work.modules.parameters())  # type: ignore[union-attr]
+    return {
+        "patch_divider": d, "micro_batch": batch, "passes": passes, "dim": dim, "recompute": recompute,
+        "peak_bytes": live.peak_bytes - live.by_category["ema"], "flops_per_image": flops.total, "parameters": parameters,
+    }  # fmt: skip
+
+
+def patched(recompute: str = "none") -> Row:
+    return {"name": _with("d = 4, one patch index at a time", recompute)} | step(
+        DIVIDER, BATCH, passes="index", recompute=recompute
+    )
+
+
+def whole(recompute: str = "none") -> Row:
+    return {"name": _with("d = 1, the whole batch", recompute)} | step(1, BATCH, recompute=recompute)
+
+
+def largest(fits: Callable[[int], Row], choices: Sequence[int], limit: int) -> Row:
+    """The row of the largest choice whose peak is at most ``limit`` (peaks grow with the choice); else of the smallest."""
+    best, low, high = fits(choices[0]), 1, len(choices) - 1
+    if best["peak_bytes"] > limit:
+        return best
+    while low <= high:
+        middle = (low + high) // 2
+        row = fits(choices[middle])
+        if row["peak_bytes"] <= limit:
+            best, low = row, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def accumulated(recompute: str = "none") -> Row:
+    """The largest micro-batch that fits, of those that 32 divides by."""
+    limit = step(DIVIDER, BATCH, passes="index")["peak_bytes"]
+    row = largest(lambda n: step(1, n, recompute=recompute, accumulate=True), (1, 2, 4, 8, 16), limit)
+    return {"name": _with(f"d = 1, micro-batches of {row['micro_batch']}, accumulated", recompute)} | row
+
+
+def narrower(recompute: str = "none") -> Row:
+    """The widest network, in steps of 8, whose whole batch fits."""
+    limit = step(DIVIDER, BATCH, passes="index")["peak_bytes"]
+    row = largest(lambda dim: step(1, BATCH, dim=dim, recompute=recompute), range(8, DIM, 8), limit)
+    return {"name": _with(f"d = 1, dim {row['dim']}", recompute)} | row
+
+
+def _with(name: str, recompute: str) -> str:
+    return name if recompute == "none" else f"{name}, recompute = {recompute}"
+
+
+def submit(pool: Executor) -> list[Future[Row]]:
+    """Every rival as a task of its own."""
+    again = RECOMPUTE if "recompute" in TrainingConfig.model_fields else ()
+    tasks = [(patched, "none"), (whole, "none"), (accumulated, "none"), (narrower, "none")]
+    tasks += [(make, how) for how in again for make in (patched, whole, accumulated)]
+    return [pool.submit(make, how) for make, how in tasks]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The comparison for people; the first row is the one the others are held against."""
+    base = rows[0]
+    limit, flops, parameters = base["peak_bytes"], base["flops_per_image"], base["parameters"]
+    lines = [
+        "# Rivals at equal memory",
+        "",
+        f"Training the paper's network on {SIZE} × {SIZE} images, {BATCH} images per optimizer step, float32, Adam, without an "
+        f"average of the weights. The limit is the peak of the first line, {limit / 2**20:,.0f} MiB of live tensors. FLOPs: "
+        "forward and backward per image, by torch's formulas, relative to the first line; real times also depend on how well "
+        "a pass fills the device.",
+        "",
+        "| | peak, MiB | fits | FLOPs | parameters, M | what it gives up |",
+        "|---|---:|---|---:|---:|---|",
+    ]
+    for row in rows:
+        lost = []
+        if row["flops_per_image"] > 1.005 * flops:
+            lost.append(f"{row['flops_per_image'] / flops - 1:.0%} more arithmetic")
+        if row["parameters"] < 0.99 * parameters:
+            lost.append(f"capacity: {row['parameters'] / parameters:.0%} of the parameters")
+        if row["patch_divider"] > 1:
+            lost.append("each patch sees the rest of the image only as a small copy (quality to be measured)")
+        cost = "; ".join(lost) or "nothing of the model or its gradients"
+        fits = "yes" if row["peak_bytes"] <= limit else "no"
+        figures = f"{row['flops_per_image'] / flops:.2f} | {row['parameters'] / 1e6:.1f}"
+        lines.append(f"| {row['name']} | {row['peak_bytes'] / 2**20:,.0f} | {fits} | {figures} | {cost} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,206 @@
+"""How long training and sampling steps take per divider, patches a pass and recomputation, on this device.
+
+    python benchmarks/speed.py [--dim 32] [--image-size 64 128] [--batch-size 4] [--dividers 1 2 4 8] [--seconds 150]
+
+All variants are built first and then take turns, one step each, round after round, so that a machine that slows down slows
+all of them; the first round warms up and is not counted. **Only ratios mean something**: medians are held against the same
+divider with all patches in one pass, and against d = 1. Every variant's weights and Adam's state exist at once.
+
+Writes speed.csv (every variant's median, quartiles and ratios), speed.md and environment.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import memory_table
+from memory_table import STEPS, Row, write_csv
+from pbbench import environment
+from pbbench.config import TrainingConfig, parse_experiment
+from pbbench.errors import InputError
+from pbbench.sweep.grid import plan
+
+FEWEST_ROUNDS = 3
+
+
+def variants(dim: int, size: int, batch: int, dividers: Sequence[int], chunks: Sequence[Any] = ("all", "index")) -> list[Row]:
+    """What is timed at one image size: each step, divider and patches a pass that fit; recomputation with one patch index a
+    pass. Settings that come to the same number of patches a pass are one variant, under the first name."""
+    again = ("cheap", "full") if "recompute" in TrainingConfig.model_fields else ()
+    found: list[Row] = []
+    for d in dividers:
+        seen = set()
+        for passes in chunks:
+            sweep = {"dividers": [d], "batch_sizes": [batch], "patch_batch_sizes": [passes], "quality": False}
+            try:
+                experiment = memory_table.paper(size, model={"dim": dim}, sweep=sweep)
+            except InputError:
+                continue  # the image does not divide so far
+            (cell,) = plan(experiment)
+            if cell.patch_batch_size in seen:
+                continue
+            seen.add(cell.patch_batch_size)
+            base = {"dim": dim, "image_size": size, "batch_size": batch, "patch_divider": d, "passes": passes}
+            base |= {"patch_batch_size": cell.patch_batch_size, "recompute": "none"}
+            found += [{"step": step} | base for step in STEPS]
+            if passes == "index" or d == 1:
+                found += [{"step": "train"} | base | {"recompute": how} for how in again]
+    return found
+
+
+def build(variant: Row, device: str) -> Callable[[], None]:
+    """The variant's step, to be called again and again."""
+    import torch
+
+    from pbbench.sweep.workload import sampling_workload, training_workload
+
+    sweep = {"dividers": [variant["patch_divider"]], "batch_sizes": [variant["batch_size"]], "quality": False}
+    sweep["patch_batch_sizes"] = [variant["patch_batch_size"]]
+    experiment = memory_table.paper(variant["image_size"], model={"dim": variant["dim"]}, sweep=sweep)
+    if variant["recompute"] != "none":
+        training = {"training": {"recompute": variant["recompute"]}}
+        experiment = parse_experiment(experiment.model_dump(mode="json") | training, "benchmarks")
+    (cell,) = plan(experiment)
+    make = training_workload if variant["step"] == "train" else sampling_workload
+    return make(experiment, cell, torch.device(device)).run
+
+
+def timed(run: Callable[[], None], device: str) -> float:
+    """Seconds of one call, the device's work included."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(chosen: Sequence[Row], device: str, seconds: float) -> list[Row]:
+    """Rounds over all variants until ``seconds`` are over, at least three counted ones; each round in the other direction, so
+    that no variant always follows the same one's caches."""
+    runs = [build(variant, device) for variant in chosen]
+    times: list[list[float]] = [[] for _ in runs]
+    started, rounds = time.monotonic(), 0
+    while rounds <= FEWEST_ROUNDS or (time.monotonic() - started) * (rounds + 1) / rounds < seconds:
+        order = range(len(runs)) if rounds % 2 else reversed(range(len(runs)))
+        for number in order:
+            took = timed(runs[number], device)
+            if rounds > 0:
+                times[number].append(took)
+        rounds += 1
+    rows = []
+    for variant, took in zip(chosen, times, strict=True):
+        low, median, high = statistics.quantiles(took, n=4)
+        rows.append(variant | {"rounds": len(took), "median_seconds": median, "quartile1": low, "quartile3": high})
+    return [row | _ratios(row, rows) for row in rows]
+
+
+def _ratios(row: Row, rows: Sequence[Row]) -> Row:
+    """Time over that of all patches in one pass, of d = 1, and of the same variant without recomputation."""
+    median = row["median_seconds"]
+
+    def over(**other: Any) -> float | None:
+        wanted = row | other
+        keys = ("step", "dim", "image_size", "batch_size", "patch_divider", "patch_batch_size", "recompute")
+        match = [r["median_seconds"] for r in rows if all(r[key] == wanted[key] for key in keys)]
+        return median / match[0] if match else None
+
+    d, batch = row["patch_divider"], row["batch_size"]
+    return {
+        "time_over_all_patches": over(patch_batch_size=batch * d * d, recompute="none"),
+        "time_over_d1": over(patch_divider=1, patch_batch_size=batch, recompute="none"),
+        "time_over_no_recompute": over(recompute="none"),
+    }
+
+
+def markdown(rows: Sequence[Row], device: str) -> str:
+    """The ratios for people."""
+    first = rows[0]
+    lines = [
+        "# Speed: training and sampling steps",
+        "",
+        f"dim {first['dim']}, widths × 1, 2, 4, 8, batch {first['batch_size']}, float32, on {device}: "
+        f"medians of {min(r['rounds'] for r in rows)} rounds in which all variants take turns. Times count as ratios only: "
+        "*speed* is relative to all patches in one pass at the same divider (above 1 is faster); *over d = 1* is the time "
+        "against the undivided image.",
+    ]
+    for step, title in STEPS.items():
+        lines += ["", f"## {title}", "", "| image | d | patches a pass | recompute | ms per image | speed | over d = 1 |"]
+        lines += ["|---|---:|---|---|---:|---:|---:|"]
+        for r in rows:
+            if r["step"] == step:
+                per_image, over_all = 1e3 * r["median_seconds"] / r["batch_size"], r["time_over_all_patches"]
+                over_d1 = f"{r['time_over_d1']:.2f}" if r["time_over_d1"] else "–"
+                speed = f"{1 / over_all:.2f}" if over_all else "–"
+                lines.append(
+                    f"| {r['image_size']}² | {r['patch_divider']} | {r['passes']} ({r['patch_batch_size']}) | {r['recompute']} "
+                    f"| {per_image:.1f} | {speed} | {over_d1} |"
+                )
+    return "\n".join([*lines, "", *growth(rows)]) + "\n"
+
+
+def growth(rows: Sequence[Row]) -> list[str]:
+    """How time grows with the image's pixels and what recomputing costs, in words."""
+    text = ["## How the time grows", ""]
+    sizes = sorted({r["image_size"] for r in rows})
+    for step, title in STEPS.items():
+        for passes in dict.fromkeys(r["passes"] for r in rows):
+            of = {
+                (r["image_size"], r["patch_divider"]): r["median_seconds"]
+                for r in rows
+                if r["step"] == step and r["passes"] == passes and r["recompute"] == "none"
+            }
+            for small, large in pairwise(sizes):
+                factors = [f"d = {d}: {of[large, d] / of[small, d]:.1f}" for s, d in of if s == small and (large, d) in of]
+                if factors:
+                    pixels = (large / small) ** 2
+                    text.append(
+                        f"- {title}, {passes}: {small}² → {large}², {pixels:g} × the pixels: time × {', '.join(factors)}"
+                    )
+    for how in ("cheap", "full"):
+        costs = [r["time_over_no_recompute"] for r in rows if r["recompute"] == how]
+        if costs:
+            text.append(
+                f"- recompute = {how}: {statistics.median(costs):.2f} of the time without "
+                f"(from {min(costs):.2f} to {max(costs):.2f})"
+            )
+    return text
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=32)
+    parser.add_argument("--image-size", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--dividers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--chunks", nargs="+", default=["all", "index"], help="patches a pass: all, index or numbers")
+    parser.add_argument("--seconds", type=float, default=150, help="all rounds together, building not counted")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("results/speed"))
+    asked = parser.parse_args(words)
+    machine = environment.probe(asked.device)
+    device = machine["device"]
+    chosen = [v for s in asked.image_size for v in variants(asked.dim, s, asked.batch_size, asked.dividers, asked.chunks)]
+    if not chosen:
+        parser.error("no image size divides by any of the dividers")
+    rows = measure(chosen, device, asked.seconds)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    write_csv(asked.out / "speed.csv", rows)
+    name = machine["gpu"] or f"{machine['cpu']}, {machine['cpu_threads']} threads"
+    (asked.out / "speed.md").write_text(markdown(rows, name), encoding="utf-8")
+    (asked.out / "environment.json").write_text(json.dumps(machine, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{asked.out}: {len(rows)} variants, {min(r['rounds'] for r in rows)} rounds")
+
+
+if __name__ == "__main__":
+    main()
