@@ -152,7 +152,8 @@ def test_a_smaller_chunk_makes_smaller_tensors() -> None:
         with torch.no_grad(), LargestTensor() as mode:
             model(x_t, t, patch_batch_size)
         largest[patch_batch_size] = mode.elements
-    assert largest[1] * 48 == largest[3] * 16 == largest[48]  # nothing holds more than the chunk's rows
+    for rows in (1, 3):  # nothing holds more than the chunk's rows, but the image itself
+        assert largest[rows] == max(x_t.numel(), largest[48] * rows // 48)
 
 
 def test_runs_on_fake_tensors_and_under_autocast(tiny_config: ModelConfig) -> None:

@@ -139,6 +139,8 @@ def run_cell(experiment: Experiment, cell: Cell, device: str, out: Path, listene
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,
+            # Threads that spin while they wait are ruinous where another process wants the core, too.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         )
         try:
             assert worker.stdin is not None
