@@ -32,6 +32,7 @@ def _patch_batch_size(value: object) -> object:
 
 PatchBatchSize = Annotated[int | Literal["index", "all"], BeforeValidator(_patch_batch_size)]
 Precision = Literal["no", "fp16", "bf16"]
+Recompute = Literal["none", "cheap", "full"]
 Positive = Annotated[int, Field(gt=0)]
 Side = Annotated[int, Field(gt=0, le=65_536)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -165,12 +166,20 @@ class TrainingConfig(Section):
     """Optimizer steps between two updates of the average."""
     ema_start_step: NonNegative = 2000
     """Before this step the average is a plain copy of the weights."""
+    ema_device: Literal["same", "cpu"] = "same"
+    """Where the average is kept: beside the weights, or in the host's memory (each update copies the weights there)."""
+    ema_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How the average is kept. bfloat16 halves it; each update is rounded up or down at random, so that steps far smaller than
+    the last digit still count in the mean. Checkpoints hold float32 either way."""
     gradient_accumulation_steps: Positive = 1
     """Micro-batches per optimizer step."""
     mixed_precision: Precision = "no"
     """Autocast: no (float32), fp16 (with loss scaling) or bf16."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     """Clip the gradient's norm to this; absent: no clipping, as released."""
+    recompute: Recompute = "none"
+    """What backward computes again instead of keeping it, with the same gradients: none; cheap (norms, SiLU, attention); full
+    (each level of the network, by activation checkpointing, and the cheap parts within it)."""
     save_every: Positive = 2000
     """Steps between checkpoints (the last step is always saved)."""
     sample_every: NonNegative = 2000

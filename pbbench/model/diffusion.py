@@ -90,7 +90,7 @@ class Diffusion:
     # [D] equation 4
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0): sqrt(ᾱ_t)·x_0 + sqrt(1 − ᾱ_t)·noise."""
-        return _at(self.sqrt_alphas_cumprod, t) * x_start + _at(self.sqrt_one_minus_alphas_cumprod, t) * noise
+        return (_at(self.sqrt_alphas_cumprod, t) * x_start).addcmul_(_at(self.sqrt_one_minus_alphas_cumprod, t), noise)
 
     def target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should say: the noise, x_start or v, by ``prediction_type``."""
@@ -99,7 +99,7 @@ class Diffusion:
         if self.config.prediction_type == "sample":
             return x_start
         # [V] section 4: v = α·ε − σ·x
-        return _at(self.sqrt_alphas_cumprod, t) * noise - _at(self.sqrt_one_minus_alphas_cumprod, t) * x_start
+        return (_at(self.sqrt_alphas_cumprod, t) * noise).addcmul_(-_at(self.sqrt_one_minus_alphas_cumprod, t), x_start)
 
     # [D] equation 14, with the absolute or the squared error
     def loss(self, model_output: Tensor, target: Tensor, total: int | None = None) -> Tensor:
@@ -116,19 +116,22 @@ class Diffusion:
         error = F.l1_loss if self.config.loss_type == "l1" else F.mse_loss
         return error(model_output, target, reduction="sum") / (total or target.numel())
 
-    def predict_x_start(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_0 as the network's output implies it, not clipped."""
+    def predict_x_start(self, model_output: Tensor, x_t: Tensor, t: Tensor, *, overwrite: bool = False) -> Tensor:
+        """x_0 as the network's output implies it, not clipped; with ``overwrite`` in the output's own storage."""
+        x = model_output if overwrite else model_output.clone()
         if self.config.prediction_type == "sample":
-            return model_output
+            return x
         if self.config.prediction_type == "epsilon":  # [D] equation 15 (before)
-            return _at(self.sqrt_recip_alphas_cumprod, t) * x_t - _at(self.sqrt_recipm1_alphas_cumprod, t) * model_output
+            return x.mul_(-_at(self.sqrt_recipm1_alphas_cumprod, t)).addcmul_(_at(self.sqrt_recip_alphas_cumprod, t), x_t)
         # [V] section 4: x = α·z − σ·v
-        return _at(self.sqrt_alphas_cumprod, t) * x_t - _at(self.sqrt_one_minus_alphas_cumprod, t) * model_output
+        return x.mul_(-_at(self.sqrt_one_minus_alphas_cumprod, t)).addcmul_(_at(self.sqrt_alphas_cumprod, t), x_t)
 
     # [D] equations 6 and 7
-    def posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q(x_{t−1} | x_t, x_0): mean N C H W, variance and its clipped logarithm N 1 1 1."""
-        mean = _at(self.posterior_mean_coef1, t) * x_start + _at(self.posterior_mean_coef2, t) * x_t
+    def posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """q(x_{t−1} | x_t, x_0): mean N C H W (with ``overwrite`` in x_start's storage), variance and its clipped logarithm
+        N 1 1 1."""
+        mean = torch.mul(x_start, _at(self.posterior_mean_coef1, t), out=x_start if overwrite else None)
+        mean.addcmul_(_at(self.posterior_mean_coef2, t), x_t)
         return mean, _at(self.posterior_variance, t), _at(self.posterior_log_variance_clipped, t)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pbbench.model.attention import HEAD_WIDTH, HEADS, linear_attention
 from pbbench.model.lean import channel_norm, norm_silu, recomputed, recomputing
 
+
 class ChannelLayerNorm(nn.Module):
     """At each pixel: (x − mean) / sqrt(var + 1e-5) · scale + shift over the channels, with the biased variance."""
 
@@ -47,8 +48,7 @@ class Block(nn.Module):
 class ResidualBlock(nn.Module):
     """Two blocks and a shortcut; the embedding scales and shifts the first (no embedding where its width is None)."""
 
-    recompute = False
-    """Make the second convolution's input again in backward instead of keeping it."""
+    recompute = False  # True: the second convolution's input is made again in backward instead of kept
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int | None) -> None:
         super().__init__()
@@ -70,33 +70,10 @@ class ResidualBlock(nn.Module):
         return y
 
 
-class LinearAttention(nn.Module):
-    """x + normalised attention of linear cost over the pixels, 4 heads of 32 (Shen et al. 2021; see ``attention``)."""
+class SelfAttention(nn.Module):
+    """x + attention over the pixels of the normalised x, 4 heads of 32; q, k and v come from one 1×1 convolution."""
 
-    recompute = False
-    """Compute it again in backward instead of keeping what it needs there."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = ChannelLayerNorm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * HEADS * HEAD_WIDTH, 1, bias=False)
-        self.out = nn.Conv2d(HEADS * HEAD_WIDTH, channels, 1)
-        self.out_norm = ChannelLayerNorm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = recomputing(self._attend, x) if self.recompute else self._attend(x)
-        y += x
-        return y
-
-    def _attend(self, x: Tensor) -> Tensor:
-        return self.out_norm(linear_attention([self.norm(x)], self.qkv, self.out), overwrite=True)
-
-
-class Attention(nn.Module):
-    """x + ordinary softmax attention over the pixels, 4 heads of 32."""
-
-    recompute = False
-    """Compute it again in backward instead of keeping what it needs there."""
+    recompute = False  # True: all of it is computed again in backward, and only x is kept
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -105,17 +82,29 @@ class Attention(nn.Module):
         self.out = nn.Conv2d(HEADS * HEAD_WIDTH, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = recomputing(self._attend, x) if self.recompute else self._attend(x)
+        y = recomputing(self.attend, x) if self.recompute else self.attend(x)
         y += x
         return y
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
+        """Ordinary softmax attention."""
         R, _, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(R, 3, HEADS, HEAD_WIDTH, h * w)
         # The fused kernels need the last dimension (32) contiguous; one copy for all three.
         qkv = qkv.transpose(-2, -1).contiguous()  # R 3 heads h·w 32
         read = F.scaled_dot_product_attention(*qkv.unbind(1))  # scale 32^−0.5 is its default
         return self.out(read.transpose(-2, -1).reshape(R, HEADS * HEAD_WIDTH, h, w))
+
+
+class LinearAttention(SelfAttention):
+    """The same at linear cost: pixels read a 32 × 32 summary of the image per head (``attention``); then normalised again."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.out_norm = ChannelLayerNorm(channels)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.out_norm(linear_attention([self.norm(x)], self.qkv, self.out), overwrite=True)
 
 
 def sinusoidal(t: Tensor, width: int) -> Tensor:
@@ -130,8 +119,7 @@ def sinusoidal(t: Tensor, width: int) -> Tensor:
 class Embedding(nn.Module):
     """When and where: timestep and patch position to one vector of width 4·dim.
 
-    join(time, position) is a sum of a part that knows the time and one that knows the position: a sampling step computes N of
-    the one and d² of the other instead of N·d² of both.
+    A sum of a part that knows the time and one that knows the position: a step needs N of one and d² of the other, not N·d².
     """
 
     def __init__(self, dim: int, num_patches: int) -> None:

@@ -67,7 +67,7 @@ def recomputed(y: Tensor) -> AbstractContextManager[Any]:
 
 
 def recomputing(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function(*inputs)``, of which only the inputs are kept for backward, where it runs again. It draws no random numbers."""
+    """``function(*inputs)``, keeping only the inputs for backward, where it runs again. It draws no random numbers."""
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -87,26 +87,24 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, groups: int, eps: float) -> Tensor:
         x = x.contiguous()
-        rows = x.shape[0]
-        gain, offset = (p.to(wide(x.dtype)).expand(rows, -1) for p in (weight, bias))  # R C
-        if scale is not None:
-            gain, offset = gain * (scale + 1), torch.addcmul(shift.to(offset.dtype), offset, scale + 1)
-        gain, offset = gain.flatten(), offset.flatten()  # R·C
-        y, mean, rstd = _norm_silu(x, gain, offset, rows * groups, eps)
-        ctx.save_for_backward(x, gain, offset, mean, rstd, weight, bias, scale)
-        ctx.groups, ctx.eps = rows * groups, eps
+        ctx.groups, ctx.eps = x.shape[0] * groups, eps
+        y, mean, rstd = _norm_silu(x, *_gain_and_offset(x, weight, bias, scale, shift), ctx.groups, eps)
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
         return y
 
     @staticmethod
     def result(ctx: Any) -> Tensor:
         """The forward's result, made again."""
-        x, gain, offset = ctx.saved_tensors[:3]
-        return _norm_silu(x, gain, offset, ctx.groups, ctx.eps)[0]
+        ctx.unpacked = ctx.saved_tensors  # within a checkpoint they can be unpacked once; backward takes them from here
+        x = ctx.unpacked[0]
+        return _norm_silu(x, *_gain_and_offset(*ctx.unpacked[:5]), ctx.groups, ctx.eps)[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        x, gain, offset, mean, rstd, weight, bias, scale = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        saved = ctx.__dict__.pop("unpacked", None) or ctx.saved_tensors
+        x, weight, bias, scale, shift, mean, rstd = saved
+        gain, offset = _gain_and_offset(x, weight, bias, scale, shift)
         hw, dy = x[0, 0].numel(), dy.contiguous()
         dx: Tensor | None = None
         dgain, doffset = torch.empty_like(gain), torch.empty_like(offset)
@@ -125,6 +123,17 @@ class _NormSiLU(torch.autograd.Function):
         dscale = torch.addcmul(dgain * weight, doffset, bias)
         dweight, dbias = (dgain * (scale + 1)).sum(0), (doffset * (scale + 1)).sum(0)
         return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale.to(scale.dtype), doffset.to(scale.dtype), None, None
+
+
+def _gain_and_offset(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What each channel of each row is multiplied by, and what is added: R·C each. Made again in backward: kept, they would
+    be R·C numbers per norm where the parameters are C."""
+    gain, offset = (p.to(wide(x.dtype)).expand(x.shape[0], -1) for p in (weight, bias))  # R C
+    if scale is not None and shift is not None:
+        gain, offset = gain * (scale + 1), torch.addcmul(shift.to(offset.dtype), offset, scale + 1)
+    return gain.flatten(), offset.flatten()
 
 
 def _norm_silu(x: Tensor, gain: Tensor, offset: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +185,7 @@ class _ChannelNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         x, mean, rstd, scale = ctx.saved_tensors
         gain = scale.to(mean.dtype)  # 1 C 1 1
         over_channels = gain.flatten(1)[:, None] / gain.numel()  # 1 1 C: over_channels @ y = mean(scale · y)

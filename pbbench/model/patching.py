@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pbbench.errors import InputError
+from pbbench.model.checks import check_rows
 
 
 def row_chunks(num_rows: int, patch_batch_size: int | None) -> list[slice]:
@@ -30,17 +31,6 @@ def row_chunks(num_rows: int, patch_batch_size: int | None) -> list[slice]:
         raise InputError(f"patch_batch_size is {patch_batch_size}; it must be at least 1 (or None for all patches in one pass)")
     step = min(patch_batch_size or num_rows, num_rows)
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
-
-
-def check_rows(rows: slice | None, num_images: int, d: int) -> slice:
-    """``rows`` with both ends filled in; None is every row. Raises InputError for an empty, strided or overlong slice."""
-    total = num_images * d * d
-    if rows is None:
-        return slice(0, total)
-    start, stop = rows.start or 0, total if rows.stop is None else rows.stop
-    if rows.step not in (None, 1) or not 0 <= start < stop <= total:
-        raise InputError(f"rows {rows} do not fit {num_images} images of {d}×{d} patches: 0 ≤ start < stop ≤ {total}")
-    return slice(start, stop)
 
 
 def segments(rows: slice, num_images: int, d: int) -> Iterator[tuple[int, int, slice]]:
@@ -89,10 +79,14 @@ def row_images(rows: slice, num_images: int, device: torch.device) -> Tensor:
     return torch.arange(rows.start, rows.stop, device=device) % num_images
 
 
+def row_patches(rows: slice, num_images: int, device: torch.device) -> Tensor:
+    """The patch index k of each row: R, int64."""
+    return torch.arange(rows.start, rows.stop, device=device) // num_images
+
+
 def patch_position(rows: slice, num_images: int, d: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Where the patch of each row lies: one-hot of its index k, R × d²."""
-    k = torch.arange(rows.start, rows.stop, device=device) // num_images
-    return (k[:, None] == torch.arange(d * d, device=device)).to(dtype)
+    return (row_patches(rows, num_images, device)[:, None] == torch.arange(d * d, device=device)).to(dtype)
 
 
 def global_content(x_t: Tensor, d: int) -> Tensor:
@@ -101,10 +95,7 @@ def global_content(x_t: Tensor, d: int) -> Tensor:
 
 
 def network_input(x_t: Tensor, content: Tensor | None, rows: slice, d: int) -> Tensor:
-    """Patch and global content of each row, one above the other: R 2C h w, written in place piece by piece.
-
-    content: ``global_content(x_t, d)`` where it was made for several passes; None: made here, of the images of these rows only.
-    """
+    """Patch and global content of each row, R 2C h w. content: ``global_content(x_t, d)``; None: made for these rows only."""
     N, C, H, W = x_t.shape
     x = x_t.new_empty(rows.stop - rows.start, 2 * C, H // d, W // d)
     if content is None and len(x) >= N:

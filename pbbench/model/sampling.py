@@ -10,6 +10,7 @@ one process or eight, whatever the patches per pass (its noise to the bit, its p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -65,7 +66,7 @@ def autocast(device: torch.device | str, mixed_precision: Precision) -> torch.au
 def _predict_x_start(model: PatchUNet, diffusion: Diffusion, x_t: Tensor, t: Tensor, patch_batch_size: int | None) -> Tensor:
     """x_0 as the network sees it, clipped to the range of images as released. ``t`` counts the chain's steps."""
     model_output = model(x_t, diffusion.timesteps[t], patch_batch_size=patch_batch_size)
-    return diffusion.predict_x_start(model_output, x_t, t).clamp_(-1, 1)
+    return diffusion.predict_x_start(model_output, x_t, t, overwrite=True).clamp_(-1, 1)
 
 
 # Ho et al. 2020, algorithm 2, with the posterior's variance ("fixed small")
@@ -75,14 +76,14 @@ def sample_step(
     diffusion: Diffusion,
     x_t: Tensor,
     t: int | Tensor,
-    noise: Tensor | None,
+    noise: Tensor | Callable[[], Tensor] | None,
     patch_batch_size: int | None = None,
 ) -> Tensor:
-    """One ancestral step x_t → x_{t−1}, N C H W.
+    """One ancestral step x_t → x_{t−1}, N C H W. Of the images' size it makes one tensor, which it returns.
 
     Args:
         t: the chain's step, one number or one per image (N, int64). At 0 no noise is added.
-        noise: like x_t; None only where every t is 0.
+        noise: like x_t, or what draws it, then called when the network is done; None only where every t is 0.
         patch_batch_size: patches per pass; None: all.
     Raises: InputError where a number t is no step of the chain (a tensor is not looked at: that would wait for the device).
     """
@@ -90,11 +91,11 @@ def sample_step(
         raise InputError(f"t is {t}; the chain's steps are 0 to {len(diffusion) - 1}")
     steps = torch.full((x_t.shape[0],), t, device=x_t.device) if isinstance(t, int) else t
     x_start = _predict_x_start(model, diffusion, x_t, steps, patch_batch_size)
-    mean, _, log_variance = diffusion.posterior(x_start, x_t, steps)
+    mean, _, log_variance = diffusion.posterior(x_start, x_t, steps, overwrite=True)
     if noise is None:
         return mean
     deviation = (0.5 * log_variance).exp() * (steps > 0).view(-1, 1, 1, 1)  # N 1 1 1
-    return torch.addcmul(mean, deviation, noise)
+    return mean.addcmul_(deviation, noise() if callable(noise) else noise)
 
 
 @torch.no_grad()
@@ -128,8 +129,8 @@ def sample(
             chain = diffusion.respaced(inference_timesteps(len(diffusion), num_steps, "linspace"))
         with autocast(device, config.mixed_precision):
             for done, t in enumerate(reversed(range(num_steps)), start=1):
-                noise = sample_noise(config.seed, indices, done, shape, device) if t > 0 else None
-                x = sample_step(model, chain, x, t, noise, patches)
+                draw = partial(sample_noise, config.seed, indices, done, shape, device) if t > 0 else None
+                x = sample_step(model, chain, x, t, draw, patches)
                 if progress is not None:
                     progress(done, num_steps)
         return x.clamp_(-1, 1)

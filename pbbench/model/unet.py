@@ -16,13 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbbench.config import ModelConfig
+from pbbench.config import ModelConfig, Recompute
 from pbbench.errors import InputError
-from pbbench.model.layers import Attention, Embedding, LinearAttention, ResidualBlock
+from pbbench.model.checks import check_images, check_rows
+from pbbench.model.layers import Embedding, LinearAttention, ResidualBlock, SelfAttention
 from pbbench.model.lean import recomputing
 from pbbench.model.patching import (
-    check_rows, global_content, merge, network_input, patch_position, row_chunks, row_images, write_rows,
-)  # fmt: skip
+    global_content,
+    merge,
+    network_input,
+    patch_position,
+    row_chunks,
+    row_images,
+    row_patches,
+    write_rows,
+)
 
 
 class Level(nn.Module):
@@ -31,8 +39,7 @@ class Level(nn.Module):
     Maps travel on a stack, the current one on top: a level takes it off, so that no caller holds a map that has been used.
     """
 
-    recompute = False
-    """Keep nothing but the input for backward, and run the level again there."""
+    recompute = False  # True: only the input is kept for backward, and the level runs again there
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, embedding_width: int) -> None:
         super().__init__()
@@ -88,13 +95,22 @@ class PatchUNet(nn.Module):
             for level, (narrow, wide) in enumerate(pairwise(widths))
         )
         self.middle1 = ResidualBlock(widths[-1], widths[-1], groups, width)
-        self.middle_attention = Attention(widths[-1])
+        self.middle_attention = SelfAttention(widths[-1])
         self.middle2 = ResidualBlock(widths[-1], widths[-1], groups, width)
         self.decoder = nn.ModuleList(
             DecoderLevel(wide, narrow, groups, width) for narrow, wide in reversed(list(pairwise(widths[1:])))
         )
         self.head = ResidualBlock(dim, dim, groups, embedding_width=None)
         self.projection = nn.Conv2d(dim, config.out_channels or config.channels, 1)
+
+    def set_recompute(self, recompute: Recompute) -> PatchUNet:
+        """What backward computes again instead of keeping it (``TrainingConfig.recompute``); returns itself."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock | SelfAttention):
+                module.recompute = recompute != "none"
+            elif isinstance(module, Level):
+                module.recompute = recompute == "full"
+        return self
 
     def forward(self, x_t: Tensor, t: Tensor, patch_batch_size: int | None = None, rows: slice | None = None) -> Tensor:
         """Denoise.
@@ -109,23 +125,24 @@ class PatchUNet(nn.Module):
         Returns: images N C H W, or with ``rows`` the patches R C h w, in the dtype of x_t.
         Raises: InputError where the shapes do not fit the model, or both ways to chunk are given.
         """
-        d = self.config.patch_divider
-        self._check(x_t, t)
-        x_t = x_t.detach()
-        N = x_t.shape[0]
+        check_images(x_t, t, self.config)
+        x_t, N, d, device = x_t.detach(), x_t.shape[0], self.config.patch_divider, x_t.device
         if rows is not None:
             if patch_batch_size is not None:
                 raise InputError("give rows (one chunk) or patch_batch_size (all chunks in turn), not both")
             rows = check_rows(rows, N, d)
-            n, position = row_images(rows, N, x_t.device), patch_position(rows, N, d, x_t.device, x_t.dtype)  # R, R × d²
-            return self._denoise(x_t, None, rows, self.embedding(t[n], position))
+            embedding = self.embedding(t[row_images(rows, N, device)], patch_position(rows, N, d, device, x_t.dtype))
+            return self._denoise(x_t, None, rows, embedding)
 
-        # What does not depend on the chunk is computed once: N and d² embeddings, N small images.
+        # What does not depend on the chunk is computed once: N small images, N and d² embeddings.
         content = global_content(x_t, d)  # N C h w
         when = self.embedding.when(t)  # N × 4·dim
-        where = self.embedding.where(torch.eye(d * d, device=x_t.device, dtype=x_t.dtype))  # d² × 4·dim
+        where = self.embedding.where(torch.eye(d * d, device=device, dtype=x_t.dtype))  # d² × 4·dim
         chunks = row_chunks(N * d * d, patch_batch_size)
-        passes = (self._denoise(x_t, content, rows, _embedding_of(rows, when, where)) for rows in chunks)
+        passes = (
+            self._denoise(x_t, content, chunk, when[row_images(chunk, N, device)] + where[row_patches(chunk, N, device)])
+            for chunk in chunks
+        )
         if torch.is_grad_enabled():
             return merge(torch.cat(list(passes)), d)
         out = x_t.new_empty(N, self.projection.out_channels, *x_t.shape[2:])  # N C H W
@@ -154,20 +171,3 @@ class PatchUNet(nn.Module):
             maps.append(torch.cat((maps.pop(), maps.pop()), dim=1))  # (x, skip)
             maps.append(decode.upsample(decode(maps, embedding)))  # type: ignore[operator]
         return self.projection(self.head(maps.pop()))
-
-    def _check(self, x_t: Tensor, t: Tensor) -> None:
-        config = self.config
-        unit = config.patch_divider * 2 ** (len(config.dim_mults) - 1)
-        if x_t.ndim != 4 or 0 in x_t.shape or x_t.shape[1] != config.channels or x_t.shape[2] % unit or x_t.shape[3] % unit:
-            raise InputError(
-                f"x_t has shape {tuple(x_t.shape)}; expected N × {config.channels} × H × W with H and W divisible by {unit} "
-                f"(patch_divider {config.patch_divider}, {len(config.dim_mults)} levels)"
-            )
-        if t.shape != x_t.shape[:1]:
-            raise InputError(f"t has shape {tuple(t.shape)}; expected one timestep per image, ({x_t.shape[0]},)")
-
-
-def _embedding_of(rows: slice, when: Tensor, where: Tensor) -> Tensor:
-    """The embedding of each row, R × 4·dim, from those of N images (``when``) and d² patch indices (``where``)."""
-    row = torch.arange(rows.start, rows.stop, device=when.device)
-    return when[row % len(when)] + where[row // len(when)]

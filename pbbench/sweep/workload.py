@@ -40,6 +40,19 @@ def _images(experiment: Experiment, cell: Cell, device: torch.device) -> Tensor:
     return torch.rand(cell.batch_size, experiment.model.channels, height, width, device=device) * 2 - 1  # N, C, H, W
 
 
+def _average(experiment: Experiment, model: PatchUNet, device: torch.device) -> list[Tensor]:
+    """The averaged weights that lie in ``device``'s memory during a step; none where they are kept in the host's.
+
+    On "cpu", which also stands for a GPU that is not there (a prediction), they are the host's only where the experiment does
+    not itself run on the CPU.
+    """
+    section = experiment.training
+    if section.ema_device == "cpu" and (device.type != "cpu" or experiment.device != "cpu"):
+        return []
+    dtype = getattr(torch, section.ema_dtype)
+    return [torch.empty_like(parameter, dtype=dtype, requires_grad=False) for parameter in model.parameters()]
+
+
 def sampling_workload(experiment: Experiment, cell: Cell, device: torch.device) -> Workload:
     """One denoising step of ``cell.batch_size`` images at t = T/2, with the noise it adds."""
     model = build_model(experiment, device).eval().requires_grad_(False)
@@ -77,8 +90,8 @@ def training_workload(experiment: Experiment, cell: Cell, device: torch.device) 
     section = experiment.training.model_copy(update={"mixed_precision": cell.mixed_precision, "trackers": ()})
     experiment = experiment.model_copy(update={"training": section})
     accelerator = build_accelerator(experiment, device.type)
-    bare = build_model(experiment, device)
-    ema = build_model(experiment, device).requires_grad_(False)
+    bare = build_model(experiment, device).set_recompute(section.recompute)
+    ema = _average(experiment, bare, device)
     model = accelerator.prepare_model(bare, device_placement=False)
     optimizer = accelerator.prepare_optimizer(build_optimizer(bare, experiment.training), device_placement=False)
     diffusion = Diffusion(experiment.diffusion, device)

@@ -3,27 +3,31 @@
 Before ``start_step`` the average is a plain copy of the weights; from then on, every ``update_every`` optimizer steps,
 average ← decay · average + (1 − decay) · weights. It holds no counters of its own: the step is an argument, so a resumed
 run needs the averaged weights and nothing else.
+
+It may be kept on the host, or in bfloat16. Rounded to the nearest, a bfloat16 average would stand still: a step is 0.005 of
+a difference that is itself small, and the last of 8 bits is 0.004 of the value. So it is rounded up or down with the
+probability that makes the mean right, by random numbers that depend on the step alone.
 """
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pbbench.config import TrainingConfig
 from pbbench.model.unet import PatchUNet
 
 
 class ExponentialMovingAverage:
-    """``model`` is the averaged network: the same class and device as the trained one, without gradients."""
+    """``model`` is where the average is kept, ``network`` the averaged network to sample from or to save."""
 
     def __init__(self, model: PatchUNet, training: TrainingConfig) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        device = next(model.parameters()).device if training.ema_device == "same" else torch.device("cpu")
+        self.model = _empty_like(model, device, getattr(torch, training.ema_dtype))
         self.decay = training.ema_decay
         self.update_every = training.ema_update_every
         self.start_step = training.ema_start_step
+        _copy(model, self.model)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, *, about_to_be_read: bool = False) -> None:
@@ -34,11 +38,51 @@ class ExponentialMovingAverage:
         """
         if step < self.start_step:
             if about_to_be_read or step == self.start_step - 1:
-                torch._foreach_copy_(_tensors(self.model), _tensors(model))
+                _copy(model, self.model)
         elif step % self.update_every == 0 and not about_to_be_read:
-            torch._foreach_lerp_(_tensors(self.model), _tensors(model), 1 - self.decay)
+            self._average(model, step)
+
+    def network(self, device: torch.device | str) -> PatchUNet:
+        """The averaged network in float32 on ``device``: ``model`` itself where it is that already, else a copy of it."""
+        kept = next(self.model.parameters())
+        if kept.dtype == torch.float32 and kept.device.type == torch.device(device).type:
+            return self.model
+        network = _empty_like(self.model, torch.device(device), torch.float32)
+        _copy(self.model, network)
+        return network
+
+    def _average(self, model: nn.Module, step: int) -> None:
+        averages: list[Tensor] = [*self.model.parameters()]
+        weights: list[Tensor] = [*model.parameters()]
+        if averages[0].dtype == torch.float32 and averages[0].device == weights[0].device:
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+            return
+        generator = torch.Generator(averages[0].device).manual_seed(step)
+        for average, weight in zip(averages, weights, strict=True):  # one at a time: temporaries of one parameter's size
+            exact = average.float().lerp_(weight.to(average.device), 1 - self.decay)  # a float32 average is its own float()
+            if average.dtype != torch.float32:
+                average.copy_(round_randomly(exact, generator))
 
 
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters, then buffers, in the order of their definition."""
-    return [*model.parameters(), *model.buffers()]
+def round_randomly(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 values, finite, rounded to one of their two bfloat16 neighbours, nearer ones more often; x itself is used up.
+
+    The upper 16 bits of a float32 are a bfloat16: a random number below 2^16 added to the lower 16 carries over with the
+    probability that they are of the way to the next.
+    """
+    bits = x.view(torch.int32)
+    bits += torch.randint(2**16, bits.shape, dtype=torch.int32, device=x.device, generator=generator)
+    bits &= -(2**16)
+    return x.to(torch.bfloat16)
+
+
+def _empty_like(model: PatchUNet, device: torch.device, dtype: torch.dtype) -> PatchUNet:
+    """A network of the same shape, weights not set: made on the meta device, so that no second copy exists meanwhile."""
+    with torch.device("meta"):
+        network = PatchUNet(model.config)
+    return network.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    torch._foreach_copy_([*target.parameters()], [*source.parameters()])

@@ -20,7 +20,7 @@ def build_network(experiment: Experiment, device: str | torch.device = "cpu") ->
     """The network with weights drawn from ``experiment.seed``: on the CPU, so that they are the same for every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
-        return PatchUNet(experiment.model).to(device)
+        return PatchUNet(experiment.model).set_recompute(experiment.training.recompute).to(device)
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Adam:
@@ -89,6 +89,7 @@ def draw_noise(
 _MAY_DIFFER = (
     "name", "device", "sampling.", "quality.", "sweep.", "data.num_workers", "training.num_steps", "training.save_every",
     "training.sample_every", "training.num_grid_samples", "training.trackers", "training.patch_batch_size",
+    "training.recompute", "training.ema_device",
 )  # fmt: skip
 """Settings that a resumed run may change: its weights are the same within rounding."""
 

@@ -70,7 +70,8 @@ def train_step(
     d: int = network.config.patch_divider
     x_t = diffusion.q_sample(x_start, t, noise)  # N C H W
     target = diffusion.target(x_start, t, noise)  # N C H W
-    chunks = row_chunks(x_start.shape[0] * d * d, patch_batch_size)
+    # Last first: where one chunk is smaller, it runs before there are gradients to hold, and smaller chunks never need more.
+    chunks = row_chunks(x_start.shape[0] * d * d, patch_batch_size)[::-1]
     mean_loss = torch.zeros((), device=x_start.device)
     for rows in chunks:
         # Processes exchange gradients once, in the last chunk's backward.
@@ -200,7 +201,7 @@ class _Run:
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
             checkpoints.write_checkpoint(
-                folder, model=self.bare, ema_model=self.ema.model, experiment=self.experiment, step=self.step,
+                folder, model=self.bare, ema_model=self.ema.network("cpu"), experiment=self.experiment, step=self.step,
                 images_seen=self.step * self.images_per_step, optimizer=self.adam, state=state,
             )  # fmt: skip
             checkpoints.prune(self.out)
@@ -226,7 +227,7 @@ class _Run:
     def draw_grid(self) -> None:
         self.ema.update(self.bare, self.step, about_to_be_read=True)
         path = self.out / "samples" / f"step-{self.step:08d}.png"
-        save_sample_grid(path, self.ema.model, self.diffusion, self.experiment, self.accelerator)
+        save_sample_grid(path, self.ema.network(self.accelerator.device), self.diffusion, self.experiment, self.accelerator)
 
 
 def _train(
