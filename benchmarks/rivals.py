@@ -20,49 +20,59 @@ Row = dict[str, Any]
 
 
 def step(d: int, batch: int, *, passes: str = "all", dim: int = DIM, recompute: str = "none", accumulate: bool = False) -> Row:
-    """The training step's peak without an average of the weights, in bytes, its FLOPs per image and its parameters."""
+    """The training step's peak in bytes, without an average of the weights."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import memory_table
     from pbbench.memory.predict import predict
     from pbbench.sweep.forecast import repeated_chunks_skipped
-    from pbbench.sweep.grid import plan
-    from pbbench.sweep.workload import FlopCount, training_workload
+    from pbbench.sweep.workload import training_workload
 
-    def experiment(images: int, micro_batches: int, passes: str) -> tuple[Any, Any]:
-        training = {"gradient_accumulation_steps": micro_batches}
-        if recompute != "none":
-            training["recompute"] = recompute
-        sweep = {"dividers": [d], "batch_sizes": [images], "patch_batch_sizes": [passes], "quality": False}
-        found = memory_table.paper(SIZE, model={"dim": dim}, training=training, sweep=sweep)
-        return found, plan(found)[0]
-
-    cpu = torch.device("cpu")
     # From the second micro-batch on gradients lie beside the activations; more than two change nothing.
-    settings, cell = experiment(batch, 2 if accumulate else 1, passes)
+    settings, cell = _planned(d, batch, passes, dim, recompute, 2 if accumulate else 1)
     with repeated_chunks_skipped(batch):
-        live = predict(lambda: training_workload(settings, cell, cpu))
-    settings, cell = experiment(1, 1, "all")
-    with FakeTensorMode():
-        work = training_workload(settings, cell, cpu)
-        with FlopCount() as flops:
-            work.run()
-        parameters = sum(p.numel() for p in work.modules.parameters())  # type: ignore[union-attr]
+        live = predict(lambda: training_workload(settings, cell, torch.device("cpu")))
+    peak = live.peak_bytes - live.by_category["ema"]
     return {
-        "patch_divider": d, "micro_batch": batch, "passes": passes, "dim": dim, "recompute": recompute,
-        "peak_bytes": live.peak_bytes - live.by_category["ema"], "flops_per_image": flops.total, "parameters": parameters,
+        "patch_divider": d, "micro_batch": batch, "passes": passes, "dim": dim, "recompute": recompute, "peak_bytes": peak,
     }  # fmt: skip
 
 
+def with_costs(name: str, row: Row) -> Row:
+    """The row under a name, with its FLOPs per image, which no batch or chunk changes, and its parameters."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from pbbench.sweep.workload import FlopCount, training_workload
+
+    settings, cell = _planned(row["patch_divider"], 1, "all", row["dim"], row["recompute"], 1)
+    with FakeTensorMode():
+        work = training_workload(settings, cell, torch.device("cpu"))
+        with FlopCount() as flops:
+            work.run()
+        parameters = sum(p.numel() for p in work.modules.parameters())  # type: ignore[union-attr]
+    again = "" if row["recompute"] == "none" else f", recompute = {row['recompute']}"
+    return {"name": name + again} | row | {"flops_per_image": flops.total, "parameters": parameters}
+
+
+def _planned(d: int, batch: int, passes: str, dim: int, recompute: str, micro_batches: int) -> tuple[Any, Any]:
+    """The experiment and its one cell."""
+    import memory_table
+    from pbbench.sweep.grid import plan
+
+    training: Row = {"gradient_accumulation_steps": micro_batches}
+    if recompute != "none":
+        training["recompute"] = recompute
+    sweep = {"dividers": [d], "batch_sizes": [batch], "patch_batch_sizes": [passes], "quality": False}
+    experiment = memory_table.paper(SIZE, model={"dim": dim}, training=training, sweep=sweep)
+    return experiment, plan(experiment)[0]
+
+
 def patched(recompute: str = "none") -> Row:
-    return {"name": _with("d = 4, one patch index at a time", recompute)} | step(
-        DIVIDER, BATCH, passes="index", recompute=recompute
-    )
+    return with_costs("d = 4, one patch index at a time", step(DIVIDER, BATCH, passes="index", recompute=recompute))
 
 
 def whole(recompute: str = "none") -> Row:
-    return {"name": _with("d = 1, the whole batch", recompute)} | step(1, BATCH, recompute=recompute)
+    return with_costs("d = 1, the whole batch", step(1, BATCH, recompute=recompute))
 
 
 def largest(fits: Callable[[int], Row], choices: Sequence[int], limit: int) -> Row:
@@ -84,18 +94,14 @@ def accumulated(recompute: str = "none") -> Row:
     """The largest micro-batch that fits, of those that 32 divides by."""
     limit = step(DIVIDER, BATCH, passes="index")["peak_bytes"]
     row = largest(lambda n: step(1, n, recompute=recompute, accumulate=True), (1, 2, 4, 8, 16), limit)
-    return {"name": _with(f"d = 1, micro-batches of {row['micro_batch']}, accumulated", recompute)} | row
+    return with_costs(f"d = 1, micro-batches of {row['micro_batch']}, accumulated", row)
 
 
 def narrower(recompute: str = "none") -> Row:
     """The widest network, in steps of 8, whose whole batch fits."""
     limit = step(DIVIDER, BATCH, passes="index")["peak_bytes"]
     row = largest(lambda dim: step(1, BATCH, dim=dim, recompute=recompute), range(8, DIM, 8), limit)
-    return {"name": _with(f"d = 1, dim {row['dim']}", recompute)} | row
-
-
-def _with(name: str, recompute: str) -> str:
-    return name if recompute == "none" else f"{name}, recompute = {recompute}"
+    return with_costs(f"d = 1, dim {row['dim']}", row)
 
 
 def submit(pool: Executor) -> list[Future[Row]]:
