@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from pbbench.config import TrainingConfig
-
 SIZE, BATCH, DIVIDER, DIM = 128, 32, 4, 128
 RECOMPUTE = ("cheap", "full")
 
@@ -77,9 +75,8 @@ def whole(recompute: str = "none") -> Row:
 
 def largest(fits: Callable[[int], Row], choices: Sequence[int], limit: int) -> Row:
     """The row of the largest choice whose peak is at most ``limit`` (peaks grow with the choice); else of the smallest."""
-    best, low, high = fits(choices[0]), 1, len(choices) - 1
-    if best["peak_bytes"] > limit:
-        return best
+    best: Row | None = None
+    low, high = 0, len(choices) - 1
     while low <= high:
         middle = (low + high) // 2
         row = fits(choices[middle])
@@ -87,29 +84,29 @@ def largest(fits: Callable[[int], Row], choices: Sequence[int], limit: int) -> R
             best, low = row, middle + 1
         else:
             high = middle - 1
-    return best
+    return best or fits(choices[0])
 
 
-def accumulated(recompute: str = "none") -> Row:
+def accumulated(limit: int, recompute: str = "none") -> Row:
     """The largest micro-batch that fits, of those that 32 divides by."""
-    limit = step(DIVIDER, BATCH, passes="index")["peak_bytes"]
     row = largest(lambda n: step(1, n, recompute=recompute, accumulate=True), (1, 2, 4, 8, 16), limit)
     return with_costs(f"d = 1, micro-batches of {row['micro_batch']}, accumulated", row)
 
 
-def narrower(recompute: str = "none") -> Row:
+def narrower(limit: int) -> Row:
     """The widest network, in steps of 8, whose whole batch fits."""
-    limit = step(DIVIDER, BATCH, passes="index")["peak_bytes"]
-    row = largest(lambda dim: step(1, BATCH, dim=dim, recompute=recompute), range(8, DIM, 8), limit)
+    row = largest(lambda dim: step(1, BATCH, dim=dim), range(8, DIM, 8), limit)
     return with_costs(f"d = 1, dim {row['dim']}", row)
 
 
 def submit(pool: Executor) -> list[Future[Row]]:
-    """Every rival as a task of its own."""
-    again = RECOMPUTE if "recompute" in TrainingConfig.model_fields else ()
-    tasks = [(patched, "none"), (whole, "none"), (accumulated, "none"), (narrower, "none")]
-    tasks += [(make, how) for how in again for make in (patched, whole, accumulated)]
-    return [pool.submit(make, how) for make, how in tasks]
+    """Every rival as a task of its own; waits for the first, whose peak is the others' limit."""
+    base, undivided = pool.submit(patched), pool.submit(whole)
+    limit = base.result()["peak_bytes"]
+    found = [base, undivided, pool.submit(accumulated, limit), pool.submit(narrower, limit)]
+    for how in RECOMPUTE:
+        found += [pool.submit(patched, how), pool.submit(whole, how), pool.submit(accumulated, limit, how)]
+    return found
 
 
 def markdown(rows: Sequence[Row]) -> str:

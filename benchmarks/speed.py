@@ -23,9 +23,10 @@ from typing import Any
 import memory_table
 from memory_table import STEPS, Row, write_csv
 from pbbench import environment
-from pbbench.config import TrainingConfig, parse_experiment
+from pbbench.config import parse_experiment
 from pbbench.errors import InputError
 from pbbench.sweep.grid import plan
+from rivals import RECOMPUTE
 
 FEWEST_ROUNDS = 3
 
@@ -33,7 +34,6 @@ FEWEST_ROUNDS = 3
 def variants(dim: int, size: int, batch: int, dividers: Sequence[int], chunks: Sequence[Any] = ("all", "index")) -> list[Row]:
     """What is timed at one image size: each step, divider and patches a pass that fit; recomputation with one patch index a
     pass. Settings that come to the same number of patches a pass are one variant, under the first name."""
-    again = ("cheap", "full") if "recompute" in TrainingConfig.model_fields else ()
     found: list[Row] = []
     for d in dividers:
         seen = set()
@@ -51,7 +51,7 @@ def variants(dim: int, size: int, batch: int, dividers: Sequence[int], chunks: S
             base |= {"patch_batch_size": cell.patch_batch_size, "recompute": "none"}
             found += [{"step": step} | base for step in STEPS]
             if passes == "index" or d == 1:
-                found += [{"step": "train"} | base | {"recompute": how} for how in again]
+                found += [{"step": "train"} | base | {"recompute": how} for how in RECOMPUTE]
     return found
 
 
@@ -167,7 +167,7 @@ def growth(rows: Sequence[Row]) -> list[str]:
                     text.append(
                         f"- {title}, {passes}: {small}² → {large}², {pixels:g} × the pixels: time × {', '.join(factors)}"
                     )
-    for how in ("cheap", "full"):
+    for how in RECOMPUTE:
         costs = [r["time_over_no_recompute"] for r in rows if r["recompute"] == how]
         if costs:
             text.append(
