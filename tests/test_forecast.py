@@ -51,7 +51,7 @@ def test_chunks_that_repeat_others_can_be_skipped(d, chunk, batch):
 
 def test_the_chunk_loop_is_put_back():
     with repeated_chunks_skipped(1):
-        assert len(unet.row_chunks(64, 1)) == len(train.row_chunks(64, 1)) == 3
+        assert (len(unet.row_chunks(64, 1)), len(train.row_chunks(64, 1))) == (1, 2)
     assert len(unet.row_chunks(64, 1)) == len(train.row_chunks(64, 1)) == 64
 
 

@@ -25,6 +25,7 @@ from pbbench.memory.modules import RunningModule, in_backward
 from pbbench.memory.storages import Book, Event, plain_parts, rounded
 
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
+_DEVICE = torch.ops.prim.device.default
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class LiveTensorTracer(TorchDispatchMode):
     # -- the dispatcher's stream of operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # a question that autograd asks of every fake tensor, oftener than it runs operators
+            return getattr(args[0], "fake_device", None) or func(*args)
         for kind in types:
             if hasattr(kind, "__tensor_flatten__"):
                 return NotImplemented  # a wrapper (DTensor, quantised): it comes back as operators on its parts
@@ -198,9 +201,10 @@ class LiveTensorTracer(TorchDispatchMode):
                     self._book.found(part.untyped_storage(), category)
 
     def _counts(self, tensor: torch.Tensor) -> bool:
-        device, wanted = tensor.device, self._device
+        wanted = self._device
         if wanted is None:
             return True
+        device = getattr(tensor, "fake_device", None) or tensor.device
         return device.type == wanted.type and (wanted.index is None or device.index in (None, wanted.index))
 
     def _see(self, tensor: torch.Tensor, func: Any) -> None:

@@ -44,10 +44,10 @@ class Forecast:
 def repeated_chunks_skipped(batch_size: int) -> Iterator[None]:
     """In this context a step of ``batch_size`` images runs only the chunks of patches that can differ in memory.
 
-    They are the first and the last (training runs the last one first, and that one finds no gradients) and, of those between,
-    one of each kind: chunks have equal kinds where they have equally many rows and either both are a view of the images (a
-    single patch index) or both a copy (they straddle indices). Nothing of a finished chunk survives, so every other chunk
-    repeats one of these. The step's results are meaningless.
+    They are one of each kind, and in training the last, which runs first and finds no gradients: chunks have equal kinds where
+    they have equally many rows and either both are a view of the images (a single patch index) or both a copy (they straddle
+    indices). Nothing of a finished chunk survives, so every other chunk repeats one of these. The step's results are
+    meaningless.
     """
     import pbbench.model.unet as sampling_loop
     import pbbench.training.train as training_loop
@@ -56,14 +56,14 @@ def repeated_chunks_skipped(batch_size: int) -> Iterator[None]:
     def kind(rows: slice) -> tuple[int, bool]:
         return rows.stop - rows.start, rows.start // batch_size == (rows.stop - 1) // batch_size
 
-    def few(num_rows: int, patch_batch_size: int | None) -> list[slice]:
-        chunks = row_chunks(num_rows, patch_batch_size)
-        if len(chunks) <= 2:
-            return chunks
-        first, *middle, last = chunks
-        return [first, *{kind(rows): rows for rows in middle}.values(), last]
+    def sampled(num_rows: int, patch_batch_size: int | None) -> list[slice]:
+        return list({kind(rows): rows for rows in row_chunks(num_rows, patch_batch_size)}.values())
 
-    sampling_loop.row_chunks = training_loop.row_chunks = few
+    def trained(num_rows: int, patch_batch_size: int | None) -> list[slice]:
+        *others, last = row_chunks(num_rows, patch_batch_size)
+        return [*{kind(rows): rows for rows in others}.values(), last]
+
+    sampling_loop.row_chunks, training_loop.row_chunks = sampled, trained
     try:
         yield
     finally:
