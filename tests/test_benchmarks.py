@@ -82,10 +82,12 @@ def test_speed_rounds_and_their_ratios(tmp_path):
         rows = list(csv.DictReader(file))
     assert {int(r["patch_divider"]) for r in rows} == {1, 2}  # 16² does not divide by 4 · 2³
     assert {(r["step"], r["passes"]) for r in rows if r["patch_divider"] == "2"} == {
-        (step, passes) for step in ("sample", "train") for passes in ("all", "index")
+        (step, passes) for step in ("sample", "train") for passes in ("all", "all, plain", "index")
     }
     for r in rows:
         assert int(r["rounds"]) == speed.FEWEST_ROUNDS
         if r["passes"] == "all" and r["recompute"] == "none":
             assert float(r["time_over_all_patches"]) == 1
-    assert "| 16² | 2 | index (1) |" in (tmp_path / "speed.md").read_text(encoding="utf-8")
+        if r["passes"] == "all, plain":
+            assert float(r["time_over_plain"]) == 1
+    assert "| 16² | 1 | 2 | index (1) |" in (tmp_path / "speed.md").read_text(encoding="utf-8")
