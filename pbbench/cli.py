@@ -1,7 +1,7 @@
 """The command line: parse, call one function, print. Heavy imports happen inside the command that needs them.
 
 Results go to stdout (``--json``: JSON and nothing else), progress and notes to stderr. Exit codes: 0 done; 1 done, but
-something in it failed; 2 bad input; 130 stopped by Ctrl-C.
+something in it failed or a gate was crossed; 2 bad input; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -307,6 +307,38 @@ def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's fo
     write_report(run)
     Console().print(terminal_table(run))
     typer.echo(f"report: {run / 'report.html'}", err=True)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="DIR_A", help="The sweep to compare with.")],
+    run_b: Annotated[Path, typer.Argument(metavar="DIR_B", help="The sweep to judge.")],
+    max_increase: Annotated[
+        str | None,
+        typer.Option("--max-increase", metavar="1%", help="Exit with 1 where a warm peak of B is higher by more (1% or 0.01)."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    json_: Json = False,
+) -> None:
+    """Compare two sweeps cell by cell: memory, speed, quality."""
+    from rich.console import Console
+
+    from pbbench.report.compare import compare as compare_runs
+    from pbbench.report.compare_text import to_json, to_page, to_terminal
+
+    if markdown and json_:
+        raise InputError("--markdown and --json exclude each other")
+    found = compare_runs(run_a, run_b, max_increase)
+    if json_:
+        typer.echo(json.dumps(to_json(found), indent=1))
+    elif markdown:
+        typer.echo(to_page(found), nl=False)
+    else:
+        for part in to_terminal(found):
+            Console().print(part, highlight=False, markup=False)
+    for line in found.failures:
+        typer.echo(f"pbbench: {line}", err=True)
+    raise typer.Exit(1 if found.failures else 0)
 
 
 @app.command()
