@@ -353,6 +353,21 @@ def convert(
     typer.echo(str(convert_reference(config, checkpoint, out)))
 
 
+@app.command()
+def doctor(device: Device = None, json_: Json = False) -> None:
+    """Say what this machine can measure and what not, and why; exit code 1 where a sweep cannot run."""
+    from rich.console import Console
+
+    from pbbench.doctor import as_json, as_table, can_run, examine
+
+    checks = examine(device or "auto")
+    if json_:
+        typer.echo(json.dumps(as_json(checks), indent=1))
+    else:
+        Console().print(as_table(checks))
+    raise typer.Exit(0 if can_run(checks) else 1)
+
+
 def main() -> None:
     sys.exit(run_app(app))
 
