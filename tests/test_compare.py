@@ -81,7 +81,7 @@ def test_an_increase_of_the_limit_passes_and_one_byte_more_does_not(made, tmp_pa
     assert compare(a, b, "1%").failures == []
     grow(b, D4, "train_step", column, lambda _: 303_000_001)
     assert compare(a, b, "0.01").failures == [
-        f"{D4} train_step: {column} 286 MiB → 289 MiB (+3,000,001 bytes, +1%; the limit is 0.01)"
+        f"{D4} train_step: {column} 300,000,000 → 303,000,001 bytes (+3,000,001, +1%; the limit is 0.01)"
     ]
     assert compare(a, b).failures == []  # without a limit nothing is held against it
     assert compare(b, a, "0%").failures == []  # less is never too much
@@ -250,7 +250,7 @@ def test_times_of_other_machines_or_too_few_steps_are_not_judged(pair):
     assert {s.speed for s in found.steps} == {"unknown"}
     told = "Times are not compared: the machines differ (gpu NVIDIA H100 80GB HBM3 and NVIDIA L4)."
     assert told in found.notes
-    assert told in to_page(found)
+    assert f"- {told}" in to_page(found)
     (b / "environment.json").unlink()
     assert any("does not say on which machine" in note for note in compare(a, b).notes)
 
@@ -329,6 +329,7 @@ def test_json_markdown_and_terminal_say_the_same(pair, capsys, monkeypatch):
     code, markdown, _ = command(capsys, a, b, "--max-increase", "1%", "--markdown")
     assert code == 1
     assert "| 4 | index | train | 3.06 | 3.12 | +2.0% |" in markdown
+    assert "- Failed: d4-p32-b32-no train_step: peak_allocated_bytes 3" in markdown
     assert "| 4 | index | sample | 0.70 | 0.70 | +512 B |" in markdown
     code, terminal, _ = command(capsys, a, b)
     assert code == 0

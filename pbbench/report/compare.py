@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pbbench.errors import InputError
-from pbbench.records import CellResult, format_bytes
+from pbbench.records import CellResult
 from pbbench.report import tables
 from pbbench.report.compare_quality import QualityChange, quality_changes
 from pbbench.report.differences import differences, why_not_timed
@@ -221,15 +221,15 @@ def _failures(step: StepChange, limit: Fraction | None, shown: str | None) -> li
     assert b is not None
     if not too_much(a, b, limit):
         return []
-    grown = f"{b - a:+,} bytes" + (f", {100 * (b - a) / a:+.3g}%" if a else "")
-    return [f"{name}: {step.gated} {format_bytes(a)} → {format_bytes(b)} ({grown}; the limit is {shown})"]
+    grown = f", {100 * (b - a) / a:+.3g}%" if a else ""
+    return [f"{name}: {step.gated} {a:,} → {b:,} bytes ({b - a:+,}{grown}; the limit is {shown})"]
 
 
 def _difference(a: Run, b: Run) -> str:
     """What keeps two runs apart, for the error that says so."""
     apart = []
     for name in (*FIXED, *VARIED):
-        values = [sorted({str(tables.axis(cell, name)) for cell in run.cells}) for run in (a, b)]
+        values = [sorted(map(str, {tables.axis(cell, name) for cell in run.cells} - {None})) for run in (a, b)]
         if not set(values[0]) & set(values[1]):
             apart.append(f"{name} {', '.join(values[0])} and {', '.join(values[1])}")
     return "; ".join(apart) or "no combination of settings occurs in both"

@@ -6,9 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pbbench.report.compare import VARIED, Comparison, StepChange
+from pbbench.report.compare import GATED, VARIED, Comparison, StepChange
+from pbbench.report.compare_quality import QualityChange
 from pbbench.report.layout import quality_label, settings_columns
-from pbbench.report.sheet import UNKNOWN, Column, Sheet, byte_unit, in_unit, number, percent, to_markdown, to_rich, whole
+from pbbench.report.sheet import (
+    UNKNOWN,
+    Column,
+    Sheet,
+    byte_unit,
+    in_unit,
+    markdown_escape,
+    number,
+    percent,
+    to_markdown,
+    to_rich,
+    whole,
+)
 from pbbench.report.tables import METERS, passes
 
 if TYPE_CHECKING:
@@ -30,7 +43,8 @@ def to_page(comparison: Comparison) -> str:
     """Markdown."""
     a, b = comparison.paths
     parts = [f"# {a} against {b}", *(f"## {sheet.title}\n\n{to_markdown(sheet)}".rstrip() for sheet in _sheets(comparison))]
-    parts.append("\n".join(f"- {line}" for line in _told(comparison)))
+    lines = [*_told(comparison), *(f"Failed: {line}" for line in comparison.failures)]
+    parts.append("\n".join(f"- {markdown_escape(line)}" for line in lines))
     return "\n\n".join(parts) + "\n"
 
 
@@ -76,7 +90,7 @@ def _steps_sheet(comparison: Comparison) -> Sheet | None:
     columns = _settings(steps)
     columns.append(Column(("step",), [step.phase.removesuffix("_step") for step in steps], numeric=False))
     gated = sorted({step.gated for step in steps if step.gated})
-    pairs = [step.peaks[step.gated] if step.gated else (None, None) for step in steps]
+    pairs = [_peaks(step) for step in steps]
     unit = byte_unit(float(v) for pair in pairs for v in pair if v is not None)
     for i, name in enumerate("AB"):
         texts = [UNKNOWN if pair[i] is None else in_unit(float(pair[i] or 0), *unit) for pair in pairs]
@@ -94,6 +108,12 @@ def _steps_sheet(comparison: Comparison) -> Sheet | None:
     by = " or ".join(METERS[meter] for meter in gated) or "no meter that both runs read"
     notes = [f"Peaks: {by}, warm step, the largest of the repeats.", RULE]
     return Sheet("Memory and speed", columns, notes)
+
+
+def _peaks(step: StepChange) -> tuple[int | None, int | None]:
+    """The gated meter's readings; where there is no pair, what one run has of the meter that comes first."""
+    known = (step.peaks[meter] for meter in GATED if any(value is not None for value in step.peaks[meter]))
+    return step.peaks[step.gated] if step.gated else next(known, (None, None))
 
 
 def _settings(steps: list[StepChange]) -> list[Column]:
@@ -127,7 +147,7 @@ def _speed(step: StepChange) -> str:
     return f"{step.speed} ({percent(b / a - 1)})" if step.speed != "same" else "same"
 
 
-def _status(step: StepChange) -> str:
+def _status(step: StepChange | QualityChange) -> str:
     a, b = (text.replace("_", " ") for text in step.status)
     return a if a == b else f"{a} → {b}"
 
@@ -142,7 +162,7 @@ def _quality_sheet(comparison: Comparison) -> Sheet | None:
         Column(("A",), [number(c.values[0]) for c in rows]),
         Column(("B",), [number(c.values[1]) for c in rows]),
         Column(("verdict",), [c.verdict + (f": {c.reason}" if c.reason else "") for c in rows], numeric=False),
-        Column(("status",), [c.status[0] if c.status[0] == c.status[1] else " → ".join(c.status) for c in rows], False, 1),
+        Column(("status",), [_status(c) for c in rows], numeric=False, rank=1),
     ]
     note = "Lower is better; of precision and recall higher; a seam score the nearer to 1."
     return Sheet("Quality", columns, [note])
@@ -156,7 +176,7 @@ def _told(comparison: Comparison) -> list[str]:
     reasons = dict.fromkeys(s.speed_reason for s in comparison.steps if s.speed_reason.startswith("fewer"))
     told += [f"Where no speed is judged: {reason}." for reason in reasons]
     if comparison.failures:
-        told.append(f"Failed: {len(comparison.failures)} of the lines above crossed the gate or ended worse in B.")
+        told.append(f"Failed: {len(comparison.failures)} times a peak grew too much, or a cell ended worse or is missing.")
     elif comparison.max_increase:
         told.append(f"Passed: no peak grew by more than {comparison.max_increase}.")
     return told
