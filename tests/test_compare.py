@@ -216,32 +216,45 @@ def _without_quality(run):
     return kept
 
 
+def judged(a, b):
+    """Of one process each."""
+    return judge_speed([a], [b])
+
+
 def test_speed_is_judged_beside_the_noise_of_single_steps():
-    assert judge_speed([1.00, 1.01, 1.02, 1.01, 0.99], [1.10, 1.11, 1.12, 1.11, 1.10]) == "slower"
-    assert judge_speed([1.10, 1.11, 1.12, 1.11, 1.10], [1.00, 1.01, 1.02, 1.01, 0.99]) == "faster"
-    assert judge_speed([1.0, 1.3, 0.8, 1.2, 0.9], [1.10, 1.11, 1.12, 1.11, 1.10]) == "same"
-    assert judge_speed([1.0] * 5, [1.029] * 5) == "same"  # steady steps, but no more than processes differ
-    assert judge_speed([1.0] * 5, [1.04] * 5) == "slower"
-    assert judge_speed([1.0, 1.06, 1.0], [1.05, 1.08, 1.09]) == "same"  # of three steps the whole ranges count
+    assert judged([1.00, 1.01, 1.02, 1.01, 0.99], [1.10, 1.11, 1.12, 1.11, 1.10]) == "slower"
+    assert judged([1.10, 1.11, 1.12, 1.11, 1.10], [1.00, 1.01, 1.02, 1.01, 0.99]) == "faster"
+    assert judged([1.0, 1.3, 0.8, 1.2, 0.9], [1.10, 1.11, 1.12, 1.11, 1.10]) == "same"
+    assert judged([1.0] * 5, [1.029] * 5) == "same"  # steady steps, but no more than processes differ
+    assert judged([1.0] * 5, [1.04] * 5) == "slower"
+    assert judged([1.0, 1.06, 1.0], [1.05, 1.08, 1.09]) == "same"  # of three steps the whole ranges count
+
+
+def test_a_repeat_that_lies_among_the_others_takes_the_verdict_back():
+    steady = [[1.0] * 5, [1.0] * 5, [1.0] * 5]
+    assert judge_speed(steady, [[1.2] * 5, [1.2] * 5, [1.2] * 5]) == "slower"
+    assert judge_speed(steady, [[1.2] * 5, [1.2] * 5, [0.9] * 5]) == "same"
 
 
 @pytest.mark.parametrize(("steps", "noise", "at_most"), [(3, 0.03, 0.03), (5, 0.03, 0.08), (10, 0.1, 0.01)])
 def test_noise_alone_is_rarely_called_a_change(steps, noise, at_most):
     draw = random.Random(0)
     trials = [[[draw.gauss(1, noise) for _ in range(steps)] for _ in "ab"] for _ in range(1000)]
-    assert sum(judge_speed(*trial) != "same" for trial in trials) <= at_most * 1000
+    assert sum(judged(*trial) != "same" for trial in trials) <= at_most * 1000
 
 
 def test_a_slowdown_beyond_the_noise_is_seen():
     draw = random.Random(0)
     trials = [[[draw.gauss(mean, 0.01) for _ in range(5)] for mean in (1.0, 1.1)] for _ in range(200)]
-    assert all(judge_speed(*trial) == "slower" for trial in trials)
+    assert all(judged(*trial) == "slower" for trial in trials)
 
 
 def test_times_of_other_machines_or_too_few_steps_are_not_judged(pair):
     a, b = pair
     edit(b, D4, lambda cell: cell.details["step_seconds"].update(train_step=[9.0, 9.1, 9.2]))
     assert step(compare(a, b)).speed == "slower"
+    assert any("sweep.repeats" in note for note in compare(a, b).notes)
+    assert not any("sweep.repeats" in note for note in compare(a, a).notes)
     edit(b, D4, lambda cell: cell.details["step_seconds"].update(train_step=[9.0, 9.1]))
     assert (step(compare(a, b)).speed, step(compare(a, b)).seconds[1]) == ("unknown", 9.05)
     environment = json.loads((b / "environment.json").read_text())

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ FIXED = ("device", "image_size", "dim", "dim_mults", "gradient_accumulation_step
 VARIED = ("mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
 GATED = ("peak_allocated_bytes", "peak_live_bytes")
 METERS = (*GATED, "peak_reserved_bytes", "peak_process_bytes")
+
+ONCE = (
+    "Each configuration ran in one process in each run: what else the machine did during one of them can pass for a change of "
+    "speed. Repeats (sweep.repeats) tell the two apart."
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,9 @@ def compare(path_a: Path, path_b: Path, max_increase: str | None = None) -> Comp
     failures = [line for step in steps for line in _failures(step, limit, max_increase)]
     failures += [change.worse_status for change in quality if change.worse_status]
     failures += [f"{cell}: missing in {path_b}" for cell in missing if limit is not None]
+    once = max(len(group[key]) for group in (groups_a, groups_b) for key in shared) == 1 if shared else False
+    if once and any(step.speed in ("slower", "faster") for step in steps):
+        notes.append(ONCE)
     notes = [*differences(a, b), *notes, *([f"Times are not compared: {not_timed}."] if not_timed else []), *quality_notes]
     paths = (str(path_a), str(path_b))
     return Comparison(paths, max_increase, steps, quality, missing + unscored[0], added + unscored[1], notes, failures)
@@ -166,9 +175,10 @@ def _step(
     gated = next((meter for meter in GATED if None not in peaks[meter]), None)
     times = [_times(cells, phase) for cells in (a, b)]
     medians = [tables.step_values(cells, phase, "seconds_per_step") for cells in (a, b)]
-    seconds = [statistics.median(t or m) if t or m else None for t, m in zip(times, medians, strict=True)]
+    pooled = [list(chain(*processes)) for processes in times]
+    seconds = [statistics.median(t or m) if t or m else None for t, m in zip(pooled, medians, strict=True)]
     reason = not_timed
-    if not reason and min(map(len, times)) < FEWEST_STEPS:
+    if not reason and min(map(len, pooled)) < FEWEST_STEPS:
         reason = f"fewer than {FEWEST_STEPS} single steps were timed"
     return [
         StepChange(
@@ -186,10 +196,11 @@ def _step(
     ]
 
 
-def _times(cells: Sequence[CellResult], phase: str) -> list[float]:
-    """The single steps of all repeats that ended well."""
+def _times(cells: Sequence[CellResult], phase: str) -> list[list[float]]:
+    """The single steps of each repeat that ended well."""
     well = [cell for cell in cells if _endings([cell], phase) == ["ok"]]
-    return tables.finite(value for cell in well for value in (cell.details.get("step_seconds") or {}).get(phase, ()))
+    steps = (tables.finite((cell.details.get("step_seconds") or {}).get(phase, ())) for cell in well)
+    return [times for times in steps if times]
 
 
 def _failed_share(ended: Sequence[str]) -> Fraction:

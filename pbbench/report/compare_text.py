@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RULE = (
     "Times are medians of single steps; slower or faster only where they differ by more than both runs' interquartile ranges "
-    "together (whole ranges below five steps) and by 3%."
+    "together (whole ranges below five steps) and by 3%, and no repeat of one run lies among the other's."
 )
 
 

@@ -46,6 +46,8 @@ def differences(a: Run, b: Run) -> list[str]:
     settings = _flat(a.experiment), _flat(b.experiment)
     axes = {name for name in settings[0].keys() | settings[1].keys() if name.startswith("sweep.")} | {"name"}
     software = tuple({name: run.environment.get(name) for name in SOFTWARE} for run in (a, b))
+    for versions in software:
+        versions["commit"] = versions["commit"] and versions["commit"][:12]
     for heading, (one, two) in (("Differing settings", settings), ("Differing software", software)):
         if not one or not two:
             continue

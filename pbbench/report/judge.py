@@ -32,14 +32,20 @@ def too_much(a: int, b: int, limit: Fraction) -> bool:
     return (b - a) * limit.denominator > a * limit.numerator
 
 
-def judge_speed(a: Sequence[float], b: Sequence[float]) -> str:
-    """slower, faster or same, from the seconds of single steps: the medians must differ by more than the interquartile ranges
-    of both runs together, and by 3%. Quartiles of fewer than five steps say little: there the whole ranges count."""
-    noise = _spread(a) + _spread(b)
-    difference = statistics.median(b) - statistics.median(a)
-    if abs(difference) <= max(noise, LEAST_CHANGE * statistics.median(a)):
+def judge_speed(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> str:
+    """slower, faster or same, from the seconds of single steps, process by process.
+
+    The medians of all steps must differ by more than the interquartile ranges of both runs together, and by 3%; and the
+    medians of a run's processes must all lie on one side of the other's. Quartiles of fewer than five steps say little: there
+    the whole ranges count.
+    """
+    pooled = [[seconds for steps in run for seconds in steps] for run in (a, b)]
+    (before, after), noise = map(statistics.median, pooled), sum(map(_spread, pooled))
+    medians = [[statistics.median(steps) for steps in run] for run in (a, b)]
+    overlap = max(map(min, medians)) <= min(map(max, medians))
+    if overlap or abs(after - before) <= max(noise, LEAST_CHANGE * before):
         return "same"
-    return "slower" if difference > 0 else "faster"
+    return "slower" if after > before else "faster"
 
 
 def _spread(times: Sequence[float]) -> float:
