@@ -54,6 +54,7 @@ def test_imports_point_one_way(file):
         ("pbbench.cli", ("torch", "pandas", "matplotlib", "diffusers", "accelerate")),
         ("pbbench.sweep.run", ("torch", "pandas", "matplotlib")),
         ("pbbench.report.write", ("torch",)),
+        ("pbbench.memory.allocator", ("torch", "numpy")),
         ("pbbench.memory.meter", ("pbbench.model", "pbbench.config", "accelerate", "diffusers", "torchvision")),
     ],
 )
