@@ -58,6 +58,7 @@ def test_imports_point_one_way(file):
         ("pbbench.report.write", ("torch",)),
         ("pbbench.report.compare", ("torch", "matplotlib")),
         ("pbbench.doctor", ("torch", "pandas")),
+        ("pbbench.memory.allocator", ("torch", "numpy")),
         ("pbbench.memory.meter", ("pbbench.model", "pbbench.config", "accelerate", "diffusers", "torchvision")),
     ],
 )
