@@ -67,7 +67,7 @@ def rows_of(key: tuple[int, int, int, str]) -> list[Row]:
     found = forecast(experiment, cell)
     released = {(r["image_size"], r["batch_size"], r["patch_divider"]): r for r in json.loads(REFERENCE.read_text())}
     rows = []
-    for step, live in (("sample", found.sample_step), ("train", found.train_step)):
+    for step, live in (("sample", found.sample_step.live), ("train", found.train_step.live)):
         part = live.by_category
         reference = released.get((size, batch, d), {})
         rows.append(

@@ -18,7 +18,7 @@ import typer
 from pbbench import __version__
 from pbbench.config import PatchBatchSize, load_experiment, parse_override
 from pbbench.errors import InputError
-from pbbench.options import ManyValues, run_app, whole_numbers
+from pbbench.options import ManyValues, byte_count, run_app, whole_numbers
 
 app = typer.Typer(
     name="pbbench",
@@ -138,7 +138,7 @@ def sweep(
     cells = plan(settings)
     console = Console(stderr=True)
     if dry_run:
-        from pbbench.sweep.forecast import forecast_table
+        from pbbench.sweep.predictions import forecast_table
 
         Console().print(forecast_table(settings, cells))
         return
@@ -278,23 +278,49 @@ def predict(
     experiment: ExperimentFile = None,
     preset: Preset = None,
     set_: Settings = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option("--memory-limit", metavar="SIZE", help="Search what fits: the largest batch and the fastest setting."),
+    ] = None,
+    step: Annotated[
+        str, typer.Option("--step", metavar="train|sample", help="The step that --memory-limit is about.")
+    ] = "train",
+    precisions: Annotated[
+        list[str] | None,
+        typer.Option("--precisions", metavar="no|bf16|fp16...", help="Precisions to choose from.  [default: the experiment's]"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="DIR", help="A sweep on a GPU: its workspaces and context are added."),
+    ] = None,
     json_: Json = False,
 ) -> None:
-    """Peaks of live tensor bytes of a CUDA run, predicted without a GPU (default: the paper's network)."""
+    """Peak memory of a CUDA run, predicted without a GPU (default: the paper's network)."""
     from rich.console import Console
 
-    from pbbench.sweep.forecast import forecast, forecast_table
+    from pbbench.sweep import predictions
+    from pbbench.sweep.calibration import UNCALIBRATED, calibrate
+    from pbbench.sweep.forecast import forecast
     from pbbench.sweep.grid import plan
 
     axes = _axes(dividers, patch_batch_size, batch_size)
     preset = preset or (None if experiment else "gpu")
+    limit = byte_count("--memory-limit", memory_limit)
     overrides = _overrides(set_, sweep={**axes, "quality": False}, model=_divider_section(axes["dividers"]))
     settings = load_experiment(experiment, preset, overrides)
-    cells = plan(settings)
-    if json_:
-        typer.echo(json.dumps([forecast(settings, cell).as_dict() for cell in cells], indent=1))
+    terms = calibrate(calibration) if calibration else UNCALIBRATED
+    shown: Any
+    if limit is not None:
+        found = predictions.search(settings, limit, step, precisions or (), terms)
+        shown = found if json_ else predictions.search_table(settings, found)
+    elif json_:
+        shown = [forecast(settings, cell).as_dict(terms) for cell in plan(settings)]
     else:
-        Console().print(forecast_table(settings, cells))
+        shown = predictions.forecast_table(settings, plan(settings), terms)
+    if json_:
+        typer.echo(json.dumps(shown, indent=1))
+    else:
+        Console().print(shown)
 
 
 @app.command()

@@ -57,6 +57,7 @@ EXAMPLES = {
     "--patch-batch-size": "--patch-batch-size 1 index all",
     "--set": "--set training.num_steps=1000",
     "--metrics": "--metrics fid kid prc",
+    "--precisions": "--precisions no bf16",
 }
 
 
@@ -68,6 +69,20 @@ def whole_numbers(name: str, values: Iterable[str] | None) -> list[int]:
             raise InputError(f"{name}: {value!r} is not a whole number above 0")
         numbers.append(int(value))
     return numbers
+
+
+_UNITS = {"": 1, "b": 1} | {f"{k}{b}": n**i for b, n in (("b", 1000), ("ib", 1024)) for i, k in enumerate("kmgt", start=1)}
+
+
+def byte_count(name: str, text: str | None) -> int | None:
+    """ "8GiB", "500 MB" or a number of bytes, as bytes; None stays None. Raises InputError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    count = int(float(match[1]) * _UNITS[match[2].lower()]) if match and match[2].lower() in _UNITS else 0
+    if count < 1:
+        raise InputError(f"{name}: {text!r} is not an amount of memory; for example {name} 8GiB")
+    return count
 
 
 def run_app(app: typer.Typer, words: list[str] | None = None) -> int:

@@ -27,10 +27,10 @@ def test_the_forecast_equals_the_step_run_for_real_to_the_byte(cell):
     experiment = parse_experiment(SMALL, "test").with_divider(cell.patch_divider)
     predicted = forecast(experiment, cell)
     sampling = sampling_workload(experiment, cell, torch.device("cpu"))
-    assert sampling.trace().by_category == predicted.sample_step.by_category
+    assert sampling.trace().by_category == predicted.sample_step.live.by_category
     training = training_workload(experiment, cell, torch.device("cpu"))
     training.run()
-    assert training.trace().by_category == predicted.train_step.by_category
+    assert training.trace().by_category == predicted.train_step.live.by_category
 
 
 @pytest.mark.parametrize(("d", "chunk", "batch"), [(1, 2, 5), (2, 3, 2), (2, 2, 5), (4, 3, 1), (4, 7, 3)])
@@ -41,7 +41,7 @@ def test_chunks_that_repeat_others_can_be_skipped(d, chunk, batch):
     (cell,) = plan(experiment)
     quick, whole = forecast(experiment, cell), forecast(experiment, cell, every_chunk=True)
     for name in ("sample_step", "train_step"):
-        few, all_of_them = getattr(quick, name), getattr(whole, name)
+        few, all_of_them = getattr(quick, name).live, getattr(whole, name).live
         assert few.peak_bytes == all_of_them.peak_bytes
         assert few.by_category == all_of_them.by_category
         assert {phase: peak.peak_bytes for phase, peak in few.phases.items()} == {
@@ -63,9 +63,9 @@ def test_the_papers_network_at_batch_1():
     )
     (cell,) = plan(experiment)
     found = forecast(experiment, cell)
-    assert found.sample_step.by_category["parameter"] == pytest.approx(126_850_000 * 4, rel=1e-3)
-    assert found.sample_step.peak_bytes < 514_031_104
-    assert found.train_step.peak_bytes - found.train_step.by_category["ema"] < 2_106_436_096
+    assert found.sample_step.live.by_category["parameter"] == pytest.approx(126_850_000 * 4, rel=1e-3)
+    assert found.sample_step.live.peak_bytes < 514_031_104
+    assert found.train_step.live.peak_bytes - found.train_step.live.by_category["ema"] < 2_106_436_096
 
 
 def test_predict_prints_json_and_nothing_else():

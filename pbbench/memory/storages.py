@@ -39,6 +39,8 @@ class Event:
 
     delta: int
     allocation: Allocation
+    phase: str = ""
+    """The phase in which that happened; empty for what was there before the first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +96,7 @@ class Book:
         allocation = Allocation(rounded(nbytes), category, module, operator, self.phase, self._order)
         self._watch(storage, allocation)
         if self._events is not None:
-            self._events.append(Event(allocation.nbytes, allocation))
+            self._events.append(Event(allocation.nbytes, allocation, self.phase))
         for peak in (self.total, self.phases[self.phase]):
             if self.live_bytes > peak.nbytes:
                 self._mark(peak, allocation)
@@ -151,7 +153,7 @@ class Book:
         allocation.died = self._order
         self.live_bytes -= allocation.nbytes
         if self._events is not None:
-            self._events.append(Event(-allocation.nbytes, allocation))
+            self._events.append(Event(-allocation.nbytes, allocation, self.phase))
         for peak in (self.total, *self.phases.values()):
             if allocation.born <= peak.order:
                 peak.died_since.append(allocation)

@@ -130,11 +130,18 @@ def prediction_sheet(cells: Sequence[CellResult]) -> Sheet | None:
         return None
     columns = settings_columns(frame)
     columns.append(Column(("phase",), [p.replace("_", " ") for p in frame["phase"]], numeric=False))
-    for kind in ("allocated", "reserved"):
-        for source, header in ((f"predicted_{kind}_bytes", f"predicted {kind}"), (f"peak_{kind}_bytes", f"measured {kind}")):
+    on_gpu = frame["peak_allocated_bytes"].notna().any()
+    against = {"allocated": "peak_allocated_bytes" if on_gpu else "peak_live_bytes", "reserved": "peak_reserved_bytes"}
+    for kind, source in against.items():
+        columns.append(Column((f"predicted {kind}",), [_size(v) for v in frame[f"predicted_{kind}_bytes"]]))
+        if frame[source].notna().any():
+            header = f"measured {kind}" if on_gpu else "measured live tensors"
             columns.append(Column((header,), [_size(v) for v in frame[source]]))
-        columns.append(Column(("error",), [percent(v) for v in frame[f"{kind}_error"]], title=f"error of {kind}"))
-    return Sheet("Predicted against measured", columns, ["Error: predicted / measured − 1, warm steps."])
+            columns.append(Column(("error",), [percent(v) for v in frame[f"{kind}_error"]], title=f"error of {kind}"))
+    note = "Error: predicted / measured − 1, warm steps. The predictions are of CUDA's caching allocator, made without a GPU."
+    if not on_gpu:
+        note += " Measured on the CPU: live tensors, which the allocator's blocks exceed by their rounding and remainders."
+    return Sheet("Predicted against measured", columns, [note])
 
 
 def _size(value: float) -> str:

@@ -251,8 +251,9 @@ def meters(cells: Iterable[CellResult]) -> pd.DataFrame:
 
 
 def predictions(cells: Iterable[CellResult]) -> pd.DataFrame:
-    """Predicted and measured allocator peaks of the warm steps, where something was predicted; ``*_error`` is the signed
-    fraction predicted / measured − 1, NaN where nothing was measured."""
+    """Predicted and measured peaks of the warm steps, where something was predicted; ``*_error`` is the signed fraction
+    predicted / measured − 1, NaN where nothing was measured. Without torch.cuda's reading, allocated is held against the live
+    tensor bytes that were measured, which lie below it by what the allocator's blocks are larger than the tensors."""
     lines = []
     for settings, members in configurations(cells):
         named = passes(settings["patch_batch_size"], settings["batch_size"], settings["patch_divider"])
@@ -262,6 +263,10 @@ def predictions(cells: Iterable[CellResult]) -> pd.DataFrame:
                 both = [median(step_values(members, phase, f"{source}_{kind}_bytes")) for source in ("predicted", "peak")]
                 line |= {f"predicted_{kind}_bytes": both[0], f"peak_{kind}_bytes": both[1]}
                 line[f"{kind}_error"] = both[0] / both[1] - 1 if both[1] else math.nan
+            live = median(step_values(members, phase, "peak_live_bytes"))
+            line["peak_live_bytes"] = live
+            if math.isnan(line["peak_allocated_bytes"]) and live:
+                line["allocated_error"] = line["predicted_allocated_bytes"] / live - 1
             if not math.isnan(line["predicted_allocated_bytes"]) or not math.isnan(line["predicted_reserved_bytes"]):
                 lines.append(line)
     return pd.DataFrame(lines)

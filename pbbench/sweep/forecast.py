@@ -1,26 +1,81 @@
-"""Peaks without a GPU: the sampling and the training step of a cell, run on fake tensors, with their live bytes counted.
+"""Peaks without a GPU: the sampling and the training step of a cell, run on fake tensors and replayed on the allocator's rules.
 
-These are live tensor bytes (each storage rounded up to 512 bytes): what max_memory_allocated counts, less the buffers that
-CUDA's own kernels ask for. What the caching allocator reserves and what the driver's context takes is not in them.
+A prediction has two halves. **Live**: the bytes of the tensors alive in the step, equal to the tracer's on a CPU to the byte.
+**Allocated, reserved**: what torch's CUDA caching allocator makes of the same allocations (``memory.steady``). Not in them is
+what CUDA's libraries take: workspaces and the driver's context differ by GPU and version, so they are unknown until a sweep
+on such a GPU has shown them (``sweep.calibration``).
 
 A chunked step is traced without the chunks that only repeat others (``repeated_chunks_skipped``): the peak is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pbbench.config import Experiment
-from pbbench.records import CATEGORIES, format_bytes
+from pbbench.records import CATEGORIES
+from pbbench.sweep.calibration import UNCALIBRATED, Calibration
 from pbbench.sweep.grid import Cell
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from pbbench.memory.allocator import AllocatorSettings
+    from pbbench.memory.steady import SteadyState
     from pbbench.memory.tensors import LiveTrace
+
+STEPS = ("sample_step", "train_step")
+DIFFER_ON_CUDA = {
+    "convolution": "cuDNN's workspace",
+    "convolution_backward": "cuDNN's workspace",
+    "mm": "cuBLAS's workspace, once per process",
+    "addmm": "cuBLAS's workspace, once per process",
+    "bmm": "cuBLAS's workspace, once per process",
+    "baddbmm": "cuBLAS's workspace, once per process",
+    "_scaled_dot_product_flash_attention_for_cpu": "another kernel: other statistics and random states are kept",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "another kernel, with scratch space",
+    "native_group_norm_backward": "scratch space for the sums",
+    "sum": "scratch space where a sum is split over blocks",
+    "_to_copy": "autocast casts other operators' inputs on CUDA",
+}
+"""Operators whose buffers are not the same in CUDA's kernels as in a CPU's, and why."""
+
+
+@dataclass(frozen=True)
+class StepForecast:
+    """One step: its live bytes, and the allocator's."""
+
+    live: LiveTrace
+    steady: SteadyState
+    operators: list[str]
+
+    def columns(self) -> dict[str, int]:
+        """The prediction as columns of a row."""
+        warm = self.steady.warm
+        return {"predicted_allocated_bytes": warm.allocated_bytes, "predicted_reserved_bytes": warm.reserved_bytes}
+
+    def as_dict(self, calibration: Calibration) -> dict[str, Any]:
+        """JSON: bytes are integers; the categories sum to the live peak. What is unknown is null, with its reason."""
+        phases = {
+            name: {
+                "peak_live_bytes": peak.peak_bytes,
+                **{f"{key}_bytes": peak.by_category[key] for key in CATEGORIES},
+                **{f"predicted_{key}": value for key, value in asdict(self.steady.phases[name]).items()},
+            }
+            for name, peak in self.live.phases.items()
+        }
+        return {
+            "peak_live_bytes": self.live.peak_bytes,
+            **{f"{key}_bytes": self.live.by_category[key] for key in CATEGORIES},
+            **self.columns(),
+            "cold": {f"predicted_{key}": value for key, value in asdict(self.steady.cold).items()},
+            "segments": self.steady.num_segments,
+            "fragmentation": round(self.steady.fragmentation, 4),
+            **calibration.as_dict(self.steady.warm.reserved_bytes),
+            "phases": phases,
+            "differ_on_cuda": {name: DIFFER_ON_CUDA[name] for name in self.operators if name in DIFFER_ON_CUDA},
+        }
 
 
 @dataclass(frozen=True)
@@ -28,15 +83,14 @@ class Forecast:
     """The warm peaks of a cell's two steps."""
 
     cell: Cell
-    sample_step: LiveTrace
-    train_step: LiveTrace
+    sample_step: StepForecast
+    train_step: StepForecast
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON: bytes are integers; the categories of each step sum to its peak."""
-        steps = {"sample_step": self.sample_step, "train_step": self.train_step}
-        return {"meter": "live tensor bytes on fake tensors", "cell": self.cell.id, **self.cell.axes()} | {
-            name: {"peak_live_bytes": live.peak_bytes, **{f"{key}_bytes": live.by_category[key] for key in CATEGORIES}}
-            for name, live in steps.items()
+    def as_dict(self, calibration: Calibration = UNCALIBRATED) -> dict[str, Any]:
+        """JSON: the cell and both steps."""
+        meter = "live tensor bytes on fake tensors; allocated and reserved: the CUDA caching allocator's rules, replayed"
+        return {"meter": meter, "cell": self.cell.id, **self.cell.axes()} | {
+            name: getattr(self, name).as_dict(calibration) for name in STEPS
         }
 
 
@@ -70,48 +124,31 @@ def repeated_chunks_skipped(batch_size: int) -> Iterator[None]:
         sampling_loop.row_chunks = training_loop.row_chunks = row_chunks
 
 
-def forecast(experiment: Experiment, cell: Cell, *, every_chunk: bool = False) -> Forecast:
-    """Trace a cell's steps on fake tensors: nothing is computed and no memory of any size is taken.
+def forecast(
+    experiment: Experiment, cell: Cell, *, every_chunk: bool = False, settings: AllocatorSettings | None = None
+) -> Forecast:
+    """Predict both steps of a cell: nothing is computed and no memory of any size is taken.
 
-    every_chunk: also those that repeat others; slower, with the same peaks.
+    every_chunk: also those that repeat others; slower, with the same peaks. settings: the allocator's.
     """
+    return Forecast(
+        cell,
+        *(forecast_step(experiment, cell, name, every_chunk=every_chunk, settings=settings) for name in STEPS),
+    )
+
+
+def forecast_step(
+    experiment: Experiment, cell: Cell, step: str, *, every_chunk: bool = False, settings: AllocatorSettings | None = None
+) -> StepForecast:
+    """Predict one step of a cell, "sample_step" or "train_step"."""
     import torch
 
     from pbbench.memory.predict import predict
-    from pbbench.sweep.workload import sampling_workload, training_workload
+    from pbbench.memory.steady import operators, steady_state
+    from pbbench.sweep import workload
 
     resolved, device = experiment.with_divider(cell.patch_divider), torch.device("cpu")
+    build: Callable[..., Any] = {"sample_step": workload.sampling_workload, "train_step": workload.training_workload}[step]
     with nullcontext() if every_chunk else repeated_chunks_skipped(cell.batch_size):
-        return Forecast(
-            cell,
-            predict(lambda: sampling_workload(resolved, cell, device)),
-            predict(lambda: training_workload(resolved, cell, device)),
-        )
-
-
-def forecast_table(experiment: Experiment, cells: list[Cell]) -> Table:
-    """One line per cell; quality cells are listed with what they will do."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    height, width = experiment.model.size
-    title = f"Predicted peaks: {height} × {width} images, dim {experiment.model.dim}, widths × {experiment.model.dim_mults}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, caption_justify="left")
-    table.add_column("cell", no_wrap=True)
-    for name in ("sampling\npeak", "its\nactivations", "training\npeak", "its\nactivations"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for cell in cells:
-        if cell.kind == "measure":
-            found = forecast(experiment, cell)
-            peaks = [(live.peak_bytes, live.by_category["activation"]) for live in (found.sample_step, found.train_step)]
-            table.add_row(cell.id, *(format_bytes(count) for pair in peaks for count in pair))
-        else:
-            table.add_row(cell.id, "–", "–", "–", "–")
-    table.caption = (
-        "d: divider, p: patches a pass, b: batch size, then the precision. Live tensor bytes, each storage rounded up to 512; "
-        "the allocator's reserve, workspaces and the CUDA context come on top."
-    )
-    if any(cell.kind == "quality" for cell in cells):
-        budget = f"{experiment.training.num_steps:,} steps of {experiment.training.batch_size} images"
-        table.caption += f" A quality cell trains {budget} and scores {experiment.quality.num_images:,} samples."
-    return table
+        live = predict(lambda: build(resolved, cell, device), record_events=True)
+    return StepForecast(live, steady_state(live, settings), operators(live))

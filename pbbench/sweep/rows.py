@@ -63,5 +63,10 @@ def unmeasured(status: str, told: dict[str, Any]) -> dict[str, Any]:
     return {"reasons": dict.fromkeys(measured, why)}
 
 
+def with_reasons(columns: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Both sets of columns, with the reasons of both."""
+    return {**columns, **more, "reasons": {**columns.get("reasons", {}), **more.get("reasons", {})}}
+
+
 def with_reason(columns: dict[str, Any], name: str, why: str) -> dict[str, Any]:
     return {**columns, "reasons": {**columns.get("reasons", {}), name: why}}

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pbbench.config import Experiment, parse_experiment
-from pbbench.errors import InputError
+from pbbench.errors import InputError, one_line
 from pbbench.records import CATEGORIES, Row
 from pbbench.sweep.grid import Cell
-from pbbench.sweep.rows import Emit, base_row, columns_of, failure, unmeasured, with_reason
+from pbbench.sweep.rows import Emit, base_row, columns_of, failure, unmeasured, with_reason, with_reasons
+
+PREDICTED = ("predicted_allocated_bytes", "predicted_reserved_bytes")
 
 
 def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) -> None:
@@ -48,12 +50,13 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) ->
                     emit("row", row={**common, "phase": "load", "temperature": "cold", **columns_of(reading)})
                 current = phase
                 emit("phase", phase=phase)
-                _measure_step(experiment, work, phase, meter, common, emit)
+                _measure_step(experiment, cell, work, phase, meter, common, emit)
             except Exception as error:
                 if isinstance(error, InputError):
                     raise
                 status, told = failure(error, current)
-                emit("row", row={**common, "status": status, "phase": phase, **unmeasured(status, told)})
+                columns = with_reasons(unmeasured(status, told), predicted(experiment, cell, phase)[phase])
+                emit("row", row={**common, "status": status, "phase": phase, **columns})
                 emit("error", status=status, error=told)
             del work
             gc.collect()
@@ -61,7 +64,24 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) ->
                 torch.cuda.empty_cache()
 
 
-def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, common: dict[str, Any], emit: Emit) -> None:
+def predicted(experiment: Experiment, cell: Cell, phase: str) -> dict[str, dict[str, Any]]:
+    """Columns of the peaks predicted for CUDA, for the step and for each of its parts; null with a reason where that fails."""
+    from pbbench.sweep.forecast import forecast_step
+
+    try:
+        found = forecast_step(experiment, cell, phase)
+    except Exception as error:  # a measurement is not lost because its prediction failed
+        why = f"the prediction failed: {one_line(error)[:200]}"
+        return {phase: {"reasons": dict.fromkeys(PREDICTED, why)}}
+    peaks = {phase: found.steady.warm, **found.steady.phases}
+    return {
+        name: dict(zip(PREDICTED, (peak.allocated_bytes, peak.reserved_bytes), strict=True)) for name, peak in peaks.items()
+    }
+
+
+def _measure_step(
+    experiment: Experiment, cell: Cell, work: Any, phase: str, meter: Any, common: dict[str, Any], emit: Emit
+) -> None:
     import torch
 
     from pbbench.sweep.workload import FlopCount
@@ -80,8 +100,13 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
             work.run()
             synchronize()
             times.append(time.perf_counter() - start)
+    parts: dict[str, Any] = {}
+    if phase == "train_step" and meter.device.type == "cuda":
+        with meter.parts(work.modules) as parts:
+            work.run()
     with FlopCount() as flops:
         live = work.trace()
+    expected = predicted(experiment, cell, phase)
     seconds = statistics.median(times)
     untraced = "live tensors are counted on a warm step"
     emit(
@@ -106,14 +131,18 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
             "flops_per_image": flops.total // work.images,
             "peak_live_bytes": live.peak_bytes,
             **{f"{name}_bytes": live.by_category[name] for name in CATEGORIES},
-            **with_reason(columns_of(warm), "predicted_allocated_bytes", "pbbench predict gives it"),
+            **with_reasons(columns_of(warm), expected[phase]),
         },
     )
-    inner = "only live tensors are counted within a step; the meters read whole steps"
     for name, peak in live.phases.items() if phase == "train_step" else ():
         columns = {"peak_live_bytes": peak.peak_bytes, **{f"{key}_bytes": peak.by_category[key] for key in CATEGORIES}}
-        reasons = dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes", "seconds_per_step"), inner)
-        emit("row", row={**common, "phase": name, "temperature": "warm", **columns, "reasons": reasons})
+        if name in parts:
+            read = {**columns_of(parts[name]), "seconds_per_step": parts[name].seconds}
+        else:
+            why = "only live tensors are counted within a step on the CPU; the meters read whole steps"
+            read = {"reasons": dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes", "seconds_per_step"), why)}
+        read = with_reasons(read, expected.get(name, {}))
+        emit("row", row={**common, "phase": name, "temperature": "warm", **columns, **read})
     at_peak = {"operator": live.peak_operator, "module": live.peak_module}
     emit(
         "detail",

@@ -1,0 +1,119 @@
+"""Predictions as people and programs read them: the peaks of planned cells, and what fits under a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from pbbench.config import Experiment, Precision
+from pbbench.errors import InputError
+from pbbench.records import format_bytes
+from pbbench.sweep.calibration import UNCALIBRATED, Calibration
+from pbbench.sweep.forecast import forecast
+from pbbench.sweep.grid import Cell
+from pbbench.sweep.search import Fit, Search
+
+STEPS = {"train": "train_step", "sample": "sample_step"}
+PRECISIONS: tuple[Precision, ...] = ("no", "bf16", "fp16")
+
+
+def forecast_table(experiment: Experiment, cells: Sequence[Cell], calibration: Calibration = UNCALIBRATED) -> Table:
+    """One line per cell; quality cells are listed with what they will do."""
+    table = _table("Predicted peaks", experiment)
+    table.add_column("cell", no_wrap=True)
+    for step in ("sampling", "training"):
+        for name in ("live", "activations", "reserved"):
+            table.add_column(f"{step}\n{name}", justify="right", no_wrap=True)
+    for cell in cells:
+        if cell.kind == "measure":
+            found = forecast(experiment, cell)
+            counts: list[int] = []
+            for predicted in (found.sample_step, found.train_step):
+                live = predicted.live
+                counts += [live.peak_bytes, live.by_category["activation"], predicted.steady.warm.reserved_bytes]
+            table.add_row(cell.id, *map(format_bytes, counts))
+        else:
+            table.add_row(cell.id, *["–"] * 6)
+    table.caption = (
+        "d: divider, p: patches a pass, b: batch size, then the precision. Live: tensor bytes. "
+        f"Reserved: what CUDA's caching allocator would hold. {calibration.describe()}"
+    )
+    if any(cell.kind == "quality" for cell in cells):
+        budget = f"{experiment.training.num_steps:,} steps of {experiment.training.batch_size} images"
+        table.caption += f" A quality cell trains {budget} and scores {experiment.quality.num_images:,} samples."
+    return table
+
+
+def search(
+    experiment: Experiment, limit_bytes: int, step: str, precisions: Sequence[str], calibration: Calibration = UNCALIBRATED
+) -> dict[str, Any]:
+    """What fits under a limit, per divider of ``experiment.sweep``: the largest batch; for the experiment's batch (the first
+    of ``sweep.batch_sizes``, else the training's) the fastest setting; of these the fastest of all. JSON. Raises InputError.
+    """
+    if step not in STEPS:
+        raise InputError(f"--step: {step!r} is not known; choose train or sample")
+    strangers = [name for name in precisions if name not in PRECISIONS]
+    if strangers:
+        raise InputError(f"--precisions: {strangers[0]!r} is not known; choose from {', '.join(PRECISIONS)}")
+    section: Any = experiment.training if step == "train" else experiment.sampling
+    chosen: tuple[Precision, ...] = tuple(name for name in PRECISIONS if name in precisions) or (section.mixed_precision,)
+    batch = experiment.sweep.batch_sizes[0] if experiment.sweep.batch_sizes else section.batch_size
+    for divider in experiment.sweep.dividers:
+        experiment.with_divider(divider)
+    seeking = Search(experiment, STEPS[step], limit_bytes, calibration)
+    lines: list[dict[str, Any]] = []
+    for divider in experiment.sweep.dividers:
+        fastest, most = seeking.fastest(divider, batch, chosen), seeking.largest_batch(divider)
+        lines.append({"patch_divider": divider, "fastest": _dict(fastest), "largest_batch": _dict(most)})
+    fitting = [line["fastest"] for line in lines if line["fastest"]]
+    return {
+        "step": STEPS[step],
+        "memory_limit_bytes": limit_bytes,
+        "batch_size": batch,
+        "precisions": list(chosen),
+        "calibration": calibration.describe(),
+        "dividers": lines,
+        "fastest_divider": min(fitting, key=lambda fit: fit["relative_cost"])["patch_divider"] if fitting else None,
+    }
+
+
+def _dict(fit: Fit | None) -> dict[str, Any] | None:
+    return fit.as_dict() if fit else None
+
+
+def search_table(experiment: Experiment, found: dict[str, Any]) -> Table:
+    """The search's result for people."""
+    limit, batch = format_bytes(found["memory_limit_bytes"]), found["batch_size"]
+    doing = {"train_step": "Training", "sample_step": "Sampling"}[found["step"]]
+    table = _table(f"{doing} within {limit}", experiment)
+    table.add_column("d", justify="right")
+    for name in (f"batch {batch}, fastest:\npatches a pass", "recompute", "precision", "needs", "margin"):
+        table.add_column(name, justify="right")
+    table.add_column("largest\nbatch", justify="right")
+    table.add_column("needs", justify="right")
+    for line in found["dividers"]:
+        fast, most = line["fastest"], line["largest_batch"]
+        mark = " *" if line["patch_divider"] == found["fastest_divider"] and len(found["dividers"]) > 1 else ""
+        texts = ["nothing fits", "–", "–", "–", "–"]
+        if fast:
+            texts = [str(fast["patch_batch_size"]), fast["recompute"], fast["mixed_precision"]]
+            texts += [format_bytes(fast["with_known_terms_bytes"]), format_bytes(fast["margin_bytes"])]
+        ends = [f"{most['batch_size']:,}", format_bytes(most["with_known_terms_bytes"])] if most else ["none", "–"]
+        table.add_row(f"{line['patch_divider']}{mark}", *texts, *ends)
+    section: Any = experiment.training if found["step"] == "train_step" else experiment.sampling
+    table.caption = (
+        "Needs: predicted reserved bytes of a warm step. Fastest by an estimate of the time that only ranks; pbbench sweep "
+        f"measures it. Largest batch: with patch_batch_size = {section.patch_batch_size}, as the experiment has it. "
+        + ("* least estimated time. " if len(found["dividers"]) > 1 else "")
+        + found["calibration"]
+    )
+    return table
+
+
+def _table(what: str, experiment: Experiment) -> Table:
+    height, width = experiment.model.size
+    title = f"{what}: {height} × {width} images, dim {experiment.model.dim}, widths × {experiment.model.dim_mults}"
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, caption_justify="left")
