@@ -5,7 +5,8 @@ The worker writes no results; it tells its parent what happened, line by line ({
 the worker leaves at once: no orphan goes on computing beside a resumed sweep.
 
 A measured workload: build (phase load) → cold step, metered → warm-up → warm steps, metered and timed → one traced step,
-untimed, which counts live bytes. Sampling comes first, in a clean process; training follows after everything is freed.
+untimed, which counts live bytes; on CUDA and where asked for, one more, of which torch writes its memory snapshot. Sampling
+comes first, in a clean process; training follows after everything is freed.
 """
 
 from __future__ import annotations
@@ -27,15 +28,20 @@ from pbbench.sweep.grid import Cell
 from pbbench.sweep.rows import Emit, base_row, columns_of, failure, unmeasured, with_reason
 
 
-def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) -> None:
+def measure(experiment: Experiment, cell: Cell, device_name: str, run: Path, emit: Emit) -> None:
     """Measure a sampling step, then a training step; a failure of one is a row and does not stop the other."""
     import torch
 
     from pbbench.memory.meter import Meter
+    from pbbench.memory.viewer import memory_snapshot
     from pbbench.sweep import workload
 
     device = torch.device(device_name)
     common = base_row(experiment, cell, device_name)
+    snapshots = run / "snapshots" if experiment.sweep.memory_snapshots else None
+    if snapshots and device.type != "cuda":
+        emit("note", text="sweep.memory_snapshots: torch's snapshots are of CUDA memory; none is written on this device")
+        snapshots = None
     builders = {"sample_step": workload.sampling_workload, "train_step": workload.training_workload}
     with Meter(device) as meter:
         for phase, build in builders.items():
@@ -49,6 +55,11 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) ->
                 current = phase
                 emit("phase", phase=phase)
                 _measure_step(experiment, work, phase, meter, common, emit)
+                if snapshots:
+                    path = snapshots / f"{cell.id}-{phase}.pickle"
+                    with memory_snapshot(path):
+                        work.run()
+                    emit("detail", snapshot={phase: str(path.relative_to(run))})
             except Exception as error:
                 if isinstance(error, InputError):
                     raise
@@ -64,6 +75,7 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) ->
 def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, common: dict[str, Any], emit: Emit) -> None:
     import torch
 
+    from pbbench.memory.timeline import timeline
     from pbbench.sweep.workload import FlopCount
 
     sweep = experiment.sweep
@@ -81,8 +93,9 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
             synchronize()
             times.append(time.perf_counter() - start)
     with FlopCount() as flops:
-        live = work.trace()
+        live = work.trace(record_events=True)
     seconds = statistics.median(times)
+    measured = columns_of(warm, images=work.images * sweep.measured_steps)
     untraced = "live tensors are counted on a warm step"
     emit(
         "row",
@@ -92,7 +105,7 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
             "temperature": "cold",
             "seconds_per_step": cold.seconds,
             "images_per_second": work.images / cold.seconds,
-            **with_reason(columns_of(cold), "peak_live_bytes", untraced),
+            **with_reason(columns_of(cold, images=work.images), "peak_live_bytes", untraced),
         },
     )
     emit(
@@ -106,13 +119,14 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
             "flops_per_image": flops.total // work.images,
             "peak_live_bytes": live.peak_bytes,
             **{f"{name}_bytes": live.by_category[name] for name in CATEGORIES},
-            **with_reason(columns_of(warm), "predicted_allocated_bytes", "pbbench predict gives it"),
+            **with_reason(measured, "predicted_allocated_bytes", "pbbench predict gives it"),
         },
     )
     inner = "only live tensors are counted within a step; the meters read whole steps"
     for name, peak in live.phases.items() if phase == "train_step" else ():
         columns = {"peak_live_bytes": peak.peak_bytes, **{f"{key}_bytes": peak.by_category[key] for key in CATEGORIES}}
-        reasons = dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes", "seconds_per_step"), inner)
+        unread = ("peak_allocated_bytes", "peak_reserved_bytes", "seconds_per_step", "joules_per_image")
+        reasons = dict.fromkeys(unread, inner)
         emit("row", row={**common, "phase": name, "temperature": "warm", **columns, "reasons": reasons})
     at_peak = {"operator": live.peak_operator, "module": live.peak_module}
     emit(
@@ -121,6 +135,7 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
         at_peak={phase: at_peak},
         step_seconds={phase: times},
         ledger={phase: warm.ledger},
+        timeline={phase: timeline(live)},
     )
 
 
@@ -130,7 +145,7 @@ def run_job(job: dict[str, Any], emit: Emit) -> None:
     cell = Cell(**job["cell"])
     try:
         if cell.kind == "measure":
-            measure(experiment, cell, job["device"], emit)
+            measure(experiment, cell, job["device"], Path(job["run"]), emit)
         else:
             from pbbench.sweep.score import train_and_score
 
