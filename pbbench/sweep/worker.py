@@ -134,7 +134,7 @@ def _measure_step(experiment: Experiment, work: Any, phase: str, meter: Any, com
         by_module={phase: live.by_module[:12]},
         at_peak={phase: at_peak},
         step_seconds={phase: times},
-        ledger={phase: warm.ledger},
+        ledger={phase: warm.ledger | ({"reasons": warm.closing_reasons} if warm.closing_reasons else {})},
         timeline={phase: timeline(live)},
     )
 
