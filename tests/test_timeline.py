@@ -193,7 +193,7 @@ class FakeMemory:
         self.broken = broken
         self.memory = self
 
-    def _record_memory_history(self, enabled: str | None = "all", max_entries: int = 0) -> None:
+    def _record_memory_history(self, enabled: str | None = "all", stacks: str = "all", max_entries: int = 0) -> None:
         self.calls.append((enabled, max_entries))
 
     def _dump_snapshot(self, filename: str) -> None:
@@ -216,6 +216,16 @@ def test_a_failing_block_leaves_its_snapshot(tmp_path: Path) -> None:
     with pytest.raises(torch.OutOfMemoryError), memory_snapshot(tmp_path / "a.pickle", cuda=FakeMemory()):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert (tmp_path / "a.pickle").exists()
+
+
+def test_torch_has_the_functions_as_they_are_called_here() -> None:
+    import inspect
+
+    record = inspect.signature(torch.cuda.memory._record_memory_history).bind(stacks="python", max_entries=MAX_ENTRIES)
+    stop = inspect.signature(torch.cuda.memory._record_memory_history).bind(enabled=None)
+    dump = inspect.signature(torch.cuda.memory._dump_snapshot).bind("file")
+    assert record.kwargs or record.args or stop.args
+    assert dump.args == ("file",)
 
 
 def test_a_snapshot_that_cannot_be_written_leaves_no_torn_file(tmp_path: Path) -> None:

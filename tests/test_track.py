@@ -206,6 +206,19 @@ def test_an_inner_reset_leaves_the_outer_peak(turn: int) -> None:
     assert tracked.readings[0].peak_allocated_bytes == sizes[1] * MiB
 
 
+def test_cuda_and_cuda_0_are_one_device() -> None:
+    given = fakes()
+    with memory.track(**{**given, "device": "cuda"}) as mine, memory.track(**{**given, "device": "cuda:0"}) as yours:
+        with mine.phase("outer") as outer:
+            using(given["cuda"], 5 * MiB)()
+            with yours.phase("inner"):
+                pass
+        with yours.phase("outer") as again:
+            pass
+    assert outer.peak_allocated_bytes == 5 * MiB
+    assert again.temperature == "warm"
+
+
 # -- the ledger
 
 

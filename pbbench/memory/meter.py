@@ -75,6 +75,8 @@ class Meter:
 
     def __init__(self, device: torch.device | str, *, cuda: Any = torch.cuda, nvml: Any = None) -> None:
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # "cuda" and "cuda:0" share their peaks
+            self.device = torch.device("cuda", cuda.current_device())
         self._cuda = cuda
         self._nvml: NvmlMeter | None = None
         if self.device.type == "cuda":

@@ -24,7 +24,7 @@ def memory_snapshot(path: Path, *, cuda: Any = torch.cuda) -> Iterator[None]:
     Also where the block fails, because that is when it is wanted; whole or not at all. A recording that someone else has
     started ends with the block: torch knows one at a time. ``cuda``: a stand-in for torch.cuda, for tests.
     """
-    cuda.memory._record_memory_history(max_entries=MAX_ENTRIES)
+    cuda.memory._record_memory_history(stacks="python", max_entries=MAX_ENTRIES)
     try:
         yield
     finally:
