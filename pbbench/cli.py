@@ -1,7 +1,7 @@
 """The command line: parse, call one function, print. Heavy imports happen inside the command that needs them.
 
 Results go to stdout (``--json``: JSON and nothing else), progress and notes to stderr. Exit codes: 0 done; 1 done, but
-something in it failed; 2 bad input; 130 stopped by Ctrl-C.
+something in it failed or a gate was crossed; 2 bad input; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -310,6 +310,38 @@ def report(run: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's fo
 
 
 @app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="DIR_A", help="The sweep to compare with.")],
+    run_b: Annotated[Path, typer.Argument(metavar="DIR_B", help="The sweep to judge.")],
+    max_increase: Annotated[
+        str | None,
+        typer.Option("--max-increase", metavar="1%", help="Exit with 1 where a warm peak of B is higher by more (1% or 0.01)."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    json_: Json = False,
+) -> None:
+    """Compare two sweeps cell by cell: memory, speed, quality."""
+    from rich.console import Console
+
+    from pbbench.report.compare import compare as compare_runs
+    from pbbench.report.compare_text import to_json, to_page, to_terminal
+
+    if markdown and json_:
+        raise InputError("--markdown and --json exclude each other")
+    found = compare_runs(run_a, run_b, max_increase)
+    if json_:
+        typer.echo(json.dumps(to_json(found), indent=1))
+    elif markdown:
+        typer.echo(to_page(found), nl=False)
+    else:
+        for part in to_terminal(found):
+            Console().print(part, highlight=False, markup=False)
+    for line in found.failures:
+        typer.echo(f"pbbench: {line}", err=True)
+    raise typer.Exit(1 if found.failures else 0)
+
+
+@app.command()
 def convert(
     config: Annotated[Path, typer.Option("--config", metavar="C.json", help="The reference's configuration.")],
     checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE", help="The reference's model-last.pt.")],
@@ -319,6 +351,21 @@ def convert(
     from pbbench.training.convert import convert_reference
 
     typer.echo(str(convert_reference(config, checkpoint, out)))
+
+
+@app.command()
+def doctor(device: Device = None, json_: Json = False) -> None:
+    """Say what this machine can measure and what not, and why; exit code 1 where a sweep cannot run."""
+    from rich.console import Console
+
+    from pbbench.doctor import as_json, as_table, can_run, examine
+
+    checks = examine(device or "auto")
+    if json_:
+        typer.echo(json.dumps(as_json(checks), indent=1))
+    else:
+        Console().print(as_table(checks))
+    raise typer.Exit(0 if can_run(checks) else 1)
 
 
 def main() -> None:

@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "quality": {"errors", "config", "records", "model"},
     "report": {"errors", "records"},
     "sweep": BASE | {"model", "memory", "training", "quality", "report"},
-    "cli": BASE | {"sweep", "training", "report"},
+    "checks": {"errors", "records", "quality"},
+    "doctor": BASE | {"checks"},
+    "cli": BASE | {"sweep", "training", "report", "doctor"},
 }
 
 
@@ -54,6 +56,9 @@ def test_imports_point_one_way(file):
         ("pbbench.cli", ("torch", "pandas", "matplotlib", "diffusers", "accelerate")),
         ("pbbench.sweep.run", ("torch", "pandas", "matplotlib")),
         ("pbbench.report.write", ("torch",)),
+        ("pbbench.report.compare", ("torch", "matplotlib")),
+        ("pbbench.doctor", ("torch", "pandas")),
+        ("pbbench.memory.allocator", ("torch", "numpy")),
         ("pbbench.memory.meter", ("pbbench.model", "pbbench.config", "accelerate", "diffusers", "torchvision")),
     ],
 )

@@ -9,7 +9,8 @@
     memory.trace(step, modules=model)                # live tensor bytes and what they are
     memory.predict(make)                             # the same on fake tensors: nothing is computed, no GPU is needed
 
-Importing this package imports no torch; the first use of one of these names does.
+``allocator.replay`` turns allocations and frees into what torch's caching allocator would reserve for them; ``snapshot`` holds
+that against a trace recorded on a GPU. Importing this package imports no torch; the first use of one of the names above does.
 """
 
 from __future__ import annotations

@@ -93,9 +93,9 @@ def in_unit(value: float, unit: str, size: int) -> str:
     return f"{value / size:,.{digits}f}" if value >= 0.5 * size / 10**digits else f"<{10**-digits:.{digits}f}"
 
 
-def to_rich(sheet: Sheet, width: int | None = None) -> Table:
+def to_rich(sheet: Sheet, width: int | None = None, elsewhere: str = "in report.md") -> Table:
     """The sheet for a terminal ``width`` columns wide (None: the terminal's). Columns that do not fit are left out, highest
-    rank first, and named under the table."""
+    rank first, and named under the table with where they can be found."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -113,7 +113,7 @@ def to_rich(sheet: Sheet, width: int | None = None) -> Table:
     notes = list(sheet.notes)
     if dropped:
         names = ", ".join(column.title for column in dropped)
-        notes.append(f"Left out at this width: {names} (all in report.md).")
+        notes.append(f"Left out at this width: {names} (all {elsewhere}).")
     table = Table(
         title=sheet.title, caption=" ".join(notes), box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, caption_justify="left"
     )
