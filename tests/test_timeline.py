@@ -19,7 +19,7 @@ from pbbench.memory.tensors import LiveTrace, trace
 from pbbench.memory.timeline import timeline
 from pbbench.memory.viewer import MAX_ENTRIES, memory_snapshot
 from pbbench.report import gallery, style
-from pbbench.report.timelines import live_bytes_over_a_step, representative
+from pbbench.report.timelines import _shortened, live_bytes_over_a_step, representative
 
 BLOCK = 512
 
@@ -169,6 +169,12 @@ def test_the_areas_stack_to_the_data_and_the_phases_are_named() -> None:
     assert {"forward", "backward"} <= set(written)
     assert axes.get_ylabel() == "training step,\nlive tensor bytes (MiB)"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["weights", "gradients", "activations"]
+
+
+def test_long_module_names_keep_their_end() -> None:
+    assert _shortened("ups.0.block1", 19) == "ups.0.block1"
+    assert _shortened("encoder.0.attention.norm", 19) == "…0.attention.norm"
+    assert _shortened("a" * 60, 19) == "…" + "a" * 18
 
 
 def test_a_report_has_a_figure_a_step_or_says_why_not(tmp_path: Path) -> None:

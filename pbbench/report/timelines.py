@@ -59,7 +59,7 @@ def live_bytes_over_a_step(timelines: Mapping[str, Timeline], step: str) -> Figu
     for axes, (title, data) in zip(panels, timelines.items(), strict=False):
         axes.set_title(title, fontsize=8, pad=3)
         _stack(axes, data, shown, size)
-        _mark_peak(axes, data, size, highest, 19 if columns > 2 else 36)
+        _mark_peak(axes, data, size, highest, 76 // max(columns, 2))
         _name_phases(axes, data)
         axes.set_xlim(0, data["num_events"])
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -124,5 +124,8 @@ def _name_phases(axes: Axes, data: Timeline) -> None:
 
 
 def _shortened(name: str, most: int) -> str:
-    """The end of a module's path says more than its beginning."""
-    return name if len(name) <= most else "…" + name[-(most - 1) :]
+    """The end of a module's path says more than its beginning: as many of the last names as fit, or part of the last."""
+    if len(name) <= most:
+        return name
+    tails = [name[place + 1 :] for place, letter in enumerate(name) if letter == "."]
+    return "…" + next((tail for tail in tails if len(tail) < most), name[-(most - 1) :])
