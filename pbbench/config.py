@@ -248,6 +248,8 @@ class SweepConfig(Section):
     """Train, sample and score each divider; false: memory and speed only."""
     checkpoints: dict[str, str] = Field(default_factory=dict)
     """Divider (as text) → checkpoint folder to load instead of training."""
+    memory_snapshots: bool = False
+    """On CUDA also write torch's own memory snapshot of each step for its viewer, into snapshots/; a pickle."""
     cell_timeout_seconds: Annotated[float, Field(gt=0)] | None = None
     """A cell that takes longer is stopped and recorded as timed_out; absent: no limit."""
 

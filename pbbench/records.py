@@ -74,6 +74,8 @@ class Row(BaseModel):
     images_per_second: float | None = None
     flops_per_image: int | None = None
     """Floating-point operations (a multiply-add is two) per image in this phase."""
+    joules_per_image: float | None = None
+    """Energy of the whole GPU over the phase, by NVML's counter, per image: other processes' work on it counts, too."""
     frechet_inception_distance: float | None = None
     kernel_inception_distance_mean: float | None = None
     random_features_frechet_distance: float | None = None

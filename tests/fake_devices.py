@@ -91,6 +91,7 @@ class FakeNvml:
         self.uuids = {f"GPU-{UUID}"}
         self.opened = 0
         self.asked_for: Any = None
+        self.millijoules = 1_000_000
 
     def _may_fail(self, name: str) -> None:
         if name in self.failures:
@@ -123,6 +124,10 @@ class FakeNvml:
     def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:  # noqa: N802
         self._may_fail("nvmlDeviceGetMemoryInfo")
         return SimpleNamespace(used=self.used)
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        self._may_fail("nvmlDeviceGetTotalEnergyConsumption")
+        return self.millijoules
 
     def _list(self) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]

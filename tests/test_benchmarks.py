@@ -1,12 +1,14 @@
 """The memory table and its rule: sums, the reference as a bound, the published files in step with the code; speed."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
 import memory_rule
 import memory_table
+import meter_overhead
 import rivals
 import speed
 
@@ -91,3 +93,15 @@ def test_speed_rounds_and_their_ratios(tmp_path):
         if r["passes"] == "all, plain":
             assert float(r["time_over_plain"]) == 1
     assert "| 16² | 1 | 2 | index (1) |" in (tmp_path / "speed.md").read_text(encoding="utf-8")
+
+
+def test_overhead_of_every_meter_is_written(tmp_path):
+    meter_overhead.main(["--seconds", "0", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "overhead.json").read_text(encoding="utf-8"))
+    assert found["rounds"] == meter_overhead.FEWEST_ROUNDS
+    median = found["median_seconds"]
+    assert len(median) == 6
+    assert median[meter_overhead.TRACED] > median[meter_overhead.ALONE]
+    assert found["operators"] > 100
+    text = (tmp_path / "overhead.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in text for name in median)

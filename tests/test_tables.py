@@ -123,6 +123,18 @@ def test_prediction_error_is_signed_and_shown_only_where_something_was_predicted
     assert next(c for c in sheet.columns if c.title == "error of allocated").cells == ["−0.1%", "−0.6%"]
 
 
+def test_energy_is_shown_only_where_the_card_counted_it() -> None:
+    made = [measure_cell(d, 32, device="cuda") for d in (1, 2)]
+    assert "train_joules_per_image" not in tables.tradeoff(made)
+    assert "J/img" not in to_markdown(tradeoff_sheet(made))
+    for row in made[1].rows:
+        if (row.phase, row.temperature) == ("train_step", "warm"):
+            row.joules_per_image = 12.5
+    assert list(tables.tradeoff(made)["train_joules_per_image"].fillna(-1)) == [-1, 12.5]
+    assert "train energy of the GPU (J/image)" in to_markdown(tradeoff_sheet(made))
+    assert "sample energy" not in to_markdown(tradeoff_sheet(made))
+
+
 @pytest.mark.parametrize(
     ("passes", "batch", "divider", "name"),
     [

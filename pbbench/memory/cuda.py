@@ -8,6 +8,7 @@ The ``cuda`` argument is ``torch.cuda`` or anything with its functions (the test
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -128,7 +129,8 @@ def _describe(error: BaseException, cuda: Any) -> dict[str, Any] | None:
     figures["reserved"] = allocated + cached if allocated is not None and cached is not None else None
     figures["retries"] = None
     if source != "host" and cuda.is_available() and cuda.is_initialized():
-        figures["retries"] = cuda.memory_stats().get(RETRIES)
+        with suppress(RuntimeError):  # after a CUDA error every later call fails
+            figures["retries"] = cuda.memory_stats().get(RETRIES)
     return {"source": source, **figures, "message": " ".join(message.split())[:500]}
 
 

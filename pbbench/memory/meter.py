@@ -28,8 +28,11 @@ from pbbench.memory.cuda import CudaPeaks
 from pbbench.memory.host import HostPeak
 from pbbench.memory.modules import in_backward
 from pbbench.memory.nvml import NvmlMeter
+from pbbench.memory.outcome import Ok, Outcome, outcome_of
 
 _CUDA_ONLY = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes", "peak_device_bytes")
+_SHORTEST_FOR_ENERGY_S = 0.1
+"""The driver renews its energy counter about so often: what it says of a shorter phase is mostly chance."""
 
 
 @dataclass
@@ -49,11 +52,19 @@ class Reading:
     """The process's resident memory in host RAM."""
     seconds: float | None = None
     """Wall time between the two synchronisations."""
+    energy_joules: float | None = None
+    """What the whole GPU used meanwhile, by NVML's counter."""
+    temperature: str | None = None
+    """cold or warm, where whoever measured knows it."""
+    outcome: Outcome | None = None
+    """How the phase ended; None while it runs."""
     reasons: dict[str, str] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
     """What stands beside the peaks. On CUDA: peak_requested_bytes, peak_active_bytes, alloc_retries; nvml: the function used,
     the number of samples, the longest gap between two in seconds; closing: requested, allocated, reserved, process and device
     bytes at the phase's end. turns: how often the part of a step ran, of which this is the maximum."""
+    closing_reasons: dict[str, str] = field(default_factory=dict)
+    """Why a figure of ``closing`` is None, where the peak is known all the same."""
 
 
 class Meter:
@@ -64,6 +75,8 @@ class Meter:
 
     def __init__(self, device: torch.device | str, *, cuda: Any = torch.cuda, nvml: Any = None) -> None:
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:  # "cuda" and "cuda:0" share their peaks
+            self.device = torch.device("cuda", cuda.current_device())
         self._cuda = cuda
         self._nvml: NvmlMeter | None = None
         if self.device.type == "cuda":
@@ -91,12 +104,17 @@ class Meter:
                 meters.callback(_check_process, reading)
                 meters.callback(self._begin_driver(self._nvml, reading))
                 meters.callback(self._begin_allocator(reading))
+                meters.callback(self._begin_energy(self._nvml, reading))
             else:
                 why = f"read on CUDA devices only; this phase ran on {self.device.type}"
-                reading.reasons.update(dict.fromkeys(_CUDA_ONLY, why))
+                reading.reasons.update(dict.fromkeys((*_CUDA_ONLY, "energy_joules"), why))
             start = time.perf_counter()
             try:
                 yield reading
+                reading.outcome = Ok()
+            except BaseException as error:
+                reading.outcome = outcome_of(error, self._cuda)
+                raise
             finally:
                 self._synchronise(reading)
                 reading.seconds = time.perf_counter() - start
@@ -112,10 +130,10 @@ class Meter:
         readings: dict[str, Reading] = {}
         running: list[tuple[AbstractContextManager[Reading], Reading]] = []
 
-        def leave() -> None:
+        def leave(*error: Any) -> None:
             if running:
                 phase, reading = running.pop()
-                phase.__exit__(None, None, None)
+                phase.__exit__(*(error or (None, None, None)))
                 earlier = readings.get(reading.name)
                 readings[reading.name] = reading if earlier is None else _over_turns(earlier, reading)
 
@@ -138,7 +156,7 @@ class Meter:
                     leaf.grad_fn.register_prehook(backward_begins)
 
         with ExitStack() as hooks:
-            hooks.callback(leave)
+            hooks.push(leave)
             hooks.callback(model.register_forward_pre_hook(forward_begins).remove)
             hooks.callback(model.register_forward_hook(forward_ends).remove)
             hooks.callback(register_optimizer_step_pre_hook(lambda *_: enter("optimizer")).remove)
@@ -187,6 +205,24 @@ class Meter:
                 reading.ledger["nvml"] = {"api": found.api, "samples": found.samples, "longest_gap_s": gap}
                 closing = reading.ledger.setdefault("closing", {})
                 closing.update(process=found.closing_process_bytes, device=found.closing_device_bytes)
+                told = {"process": found.process_reason, "device": found.device_reason}
+                reading.closing_reasons.update({name: why for name, why in told.items() if why is not None})
+
+        return read
+
+    def _begin_energy(self, nvml: NvmlMeter, reading: Reading) -> Callable[[], None]:
+        before, why_before = nvml.energy_millijoules()
+
+        def read() -> None:
+            after, why = nvml.energy_millijoules()
+            if before is None or after is None:
+                reading.reasons["energy_joules"] = why_before or why or "no sample was taken"
+            elif (reading.seconds or 0.0) < _SHORTEST_FOR_ENERGY_S or after <= before:
+                reading.reasons["energy_joules"] = (
+                    f"the phase took {reading.seconds:.3g} s; the driver renews its energy counter some ten times a second"
+                )
+            else:
+                reading.energy_joules = (after - before) / 1000
 
         return read
 
@@ -209,7 +245,7 @@ def _check_process(reading: Reading) -> None:
     process, reserved = closing.get("process"), closing.get("reserved")
     if process is not None and reserved is not None and process < reserved:
         reading.peak_process_bytes = closing["process"] = None
-        reading.reasons["peak_process_bytes"] = (
+        reading.reasons["peak_process_bytes"] = reading.closing_reasons["process"] = (
             f"the process NVML lists under this number holds {process} bytes, less than torch reserved ({reserved}): another "
             "process of the host, seen from a container"
         )
@@ -219,10 +255,14 @@ def _over_turns(earlier: Reading, later: Reading) -> Reading:
     """One reading of a part that ran twice: the larger peaks (unknown if one is) with their ledger, the times together."""
     larger = max((earlier, later), key=lambda reading: reading.peak_allocated_bytes or 0)
     both = Reading(earlier.name, reasons={**earlier.reasons, **later.reasons}, ledger=dict(larger.ledger))
+    both.closing_reasons = larger.closing_reasons
     for column in ("peak_rss_bytes", *_CUDA_ONLY):
         first, second = getattr(earlier, column), getattr(later, column)
         if first is not None and second is not None:
             setattr(both, column, max(first, second))
     both.seconds = (earlier.seconds or 0.0) + (later.seconds or 0.0)
+    if earlier.energy_joules is not None and later.energy_joules is not None:
+        both.energy_joules = earlier.energy_joules + later.energy_joules
+    both.outcome = later.outcome
     both.ledger["turns"] = earlier.ledger.get("turns", 1) + 1
     return both

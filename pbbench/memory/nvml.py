@@ -21,7 +21,7 @@ INTERVAL_S = 0.01
 
 @dataclass
 class NvmlReading:
-    """Largest readings of a phase. None comes with a reason."""
+    """Largest and last readings of a phase. None comes with a reason."""
 
     process_bytes: int | None = None
     device_bytes: int | None = None
@@ -29,7 +29,7 @@ class NvmlReading:
     device_reason: str | None = None
     closing_process_bytes: int | None = None
     closing_device_bytes: int | None = None
-    """The last sample, for comparison with what torch holds at that moment."""
+    """The sample that ``end`` took, for comparison with what torch holds at that moment."""
     samples: int = 0
     longest_gap_s: float = 0.0
     api: str | None = None
@@ -37,7 +37,6 @@ class NvmlReading:
 
     def add(self, process: int | None, device: int | None, now: float) -> None:
         """Fold in one sample taken at ``now`` seconds."""
-        self.closing_process_bytes, self.closing_device_bytes = process, device
         if process is not None:
             self.process_bytes = max(self.process_bytes or 0, process)
         if device is not None:
@@ -143,29 +142,40 @@ class NvmlMeter:
         return reading
 
     def end(self, reading: NvmlReading) -> NvmlReading:
-        self._sample()
+        """Take the closing sample, which the thread's own cannot replace, and complete the reading."""
+        reading.closing_process_bytes, reading.closing_device_bytes = self._sample()
         with self._lock:
             self._open = [other for other in self._open if other is not reading]
         reading.api = self.api
-        if reading.process_bytes is None:
+        if reading.closing_process_bytes is None:
             reading.process_reason = self.process_reason
-        if reading.device_bytes is None:
+        if reading.closing_device_bytes is None:
             reading.device_reason = self.device_reason
         return reading
+
+    def energy_millijoules(self) -> tuple[int | None, str | None]:
+        """(what the whole GPU has used since its driver was loaded, None), or (None, why that is not known)."""
+        if self._handle is None:
+            return None, self.device_reason or "NVML's meter was stopped"
+        try:
+            return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)), None
+        except self.nvml.NVMLError as error:
+            return None, self._why(error)
 
     def _run(self) -> None:
         while not self._halt.wait(self.interval):
             if self._open:
                 self._sample()
 
-    def _sample(self) -> None:
+    def _sample(self) -> tuple[int | None, int | None]:
         if self._handle is None:
-            return
+            return None, None
         process, device = self._read_process(), self._read_device()
         with self._lock:
             now = time.perf_counter()
             for reading in self._open:
                 reading.add(process, device, now)
+        return process, device
 
     def _read_device(self) -> int | None:
         try:

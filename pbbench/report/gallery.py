@@ -17,6 +17,7 @@ from pbbench.report import plots, tables
 from pbbench.report.layout import fixed_settings, quality_label
 from pbbench.report.sheet import number, whole
 from pbbench.report.style import FULL_WIDTH, new_figure, styled
+from pbbench.report.timelines import live_bytes_over_a_step, representative
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,15 @@ def pictures(cells: Sequence[CellResult], run: Path) -> tuple[list[Picture], lis
             "patch index a pass. The figures over the bars are their sums."
         )
         _keep(found, f"memory_split{suffix}", "What fills each peak", caption, plots.peak_by_category(own_parts))
+        for step in tables.STEPS:
+            chosen = representative(_cells(cells, settings), step)
+            caption = (
+                f"Live tensor bytes over one {plots.STEP_NAMES[step]} step, {said}: for each divider the way to pass its "
+                "patches that has the lowest peak. The triangle marks the peak; under its size the modules that made most of "
+                "its activations. The figures stand in cells/, details.timeline."
+            )
+            name, title = f"timeline_{step}{suffix}", f"Memory over a {plots.STEP_NAMES[step]} step"
+            _keep(found, name, title, caption, live_bytes_over_a_step(chosen, step))
         caption = f"Speed against memory of a warm step, {said}; peaks by {meter}. Up and to the left is better."
         _keep(found, f"speed_memory{suffix}", "Speed against memory", caption, plots.speed_against_memory(own))
     made = {picture.title for picture in found}
@@ -65,6 +75,8 @@ def pictures(cells: Sequence[CellResult], run: Path) -> tuple[list[Picture], lis
         absent.append(f"Memory against quality: {why}.")
     if "What fills each peak" not in made:
         absent.append("What fills each peak: no step that ended well was split by what fills it.")
+    if not any(title.startswith("Memory over") for title in made):
+        absent.append("Memory over a step: no cell holds a timeline (details.timeline).")
     if "Speed against memory" not in made:
         absent.append("Speed against memory: no step that ended well has both a peak and a speed.")
     samples, notes = _samples(cells, run, frame)
@@ -89,6 +101,10 @@ def _same(frame: pd.DataFrame, settings: dict[str, Any]) -> pd.Series:
     for name, value in settings.items():
         matches &= frame[name].eq(value) | (frame[name].isna() if pd.isna(value) else False)
     return matches
+
+
+def _cells(cells: Sequence[CellResult], settings: dict[str, Any]) -> list[CellResult]:
+    return [c for c in cells if c.kind == "measure" and all(tables.axis(c, name) == value for name, value in settings.items())]
 
 
 def _samples(cells: Sequence[CellResult], run: Path, frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:

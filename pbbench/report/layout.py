@@ -125,6 +125,10 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
             errors = [percent(v) for v in frame[f"{short}_prediction_error"]]
             columns.append(Column(("pred.", "error"), errors, rank=5, title=f"{short} prediction error"))
     columns += [_rate_column((short,), frame, f"{short}_images_per_second", rank=2) for short in tables.STEPS]
+    for short in tables.STEPS:
+        if f"{short}_joules_per_image" in frame:
+            texts = [number(v) for v in frame[f"{short}_joules_per_image"]]
+            columns.append(Column((short, "J/img"), texts, rank=5, title=f"{short} energy of the GPU (J/image)"))
     main = tables.distance_column(frame)
     for name in dict.fromkeys(
         (main or "held_out_loss", "seam_score", "held_out_loss")

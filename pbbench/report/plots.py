@@ -202,7 +202,7 @@ def peak_by_category(frame: pd.DataFrame) -> Figure | None:
         for name in shown:
             colour, hatch = FILLS[name]
             heights = lines[f"{name}_bytes"].fillna(0) / size
-            axes.bar(places, heights, 0.8, bottom=below, color=colour, hatch=hatch, edgecolor=_ink(name), linewidth=0.3)
+            axes.bar(places, heights, 0.8, bottom=below, color=colour, hatch=hatch, edgecolor=ink(name), linewidth=0.3)
             below += heights
         tops = pd.concat([below, lines["measured_peak_bytes"] / size], axis=1).max(axis=1)
         axes.plot(places, lines["measured_peak_bytes"] / size, "D", color="black", markerfacecolor="white", markersize=3)
@@ -226,7 +226,7 @@ def peak_by_category(frame: pd.DataFrame) -> Figure | None:
     handles: list[Any] = []
     for name in shown:
         colour, hatch = FILLS[name]
-        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor=_ink(name), linewidth=0.3, label=CATEGORY_NAMES[name]))
+        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor=ink(name), linewidth=0.3, label=CATEGORY_NAMES[name]))
     if frame["measured_peak_bytes"].notna().any():
         diamond: dict[str, Any] = {"linestyle": "none", "color": "black", "markerfacecolor": "white", "markersize": 3}
         handles.append(Line2D([], [], marker="D", label=METERS["peak_allocated_bytes"], **diamond))
@@ -235,7 +235,7 @@ def peak_by_category(frame: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def _ink(category: str) -> str:
+def ink(category: str) -> str:
     """The colour of edges and hatches that shows on the category's fill."""
     return "#ffffff" if category in ("parameter", "gradient", "optimizer", "ema") else "#333333"
 

@@ -151,7 +151,8 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
 
     Bytes as floats (NaN: unknown); ``*_change`` is the signed fraction against d = 1, all patches, at the same batch size and
     precision; ``*_prediction_error`` the signed fraction predicted / measured − 1. Where a configuration was repeated the
-    figure is the median and ``*_min``, ``*_max`` stand beside it. Quality columns only where some divider has them.
+    figure is the median and ``*_min``, ``*_max`` stand beside it. Columns of quality, of prediction errors and of
+    ``*_joules_per_image`` only where some line has them.
     ``frame.attrs["memory_column"]`` names the meter behind the peaks.
     """
     cells = list(cells)
@@ -176,13 +177,15 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
                     line |= {f"{short}_{name}_max": max(values, default=math.nan)}
             measured, predicted = (median(step_values(members, phase, f"{k}_allocated_bytes")) for k in ("peak", "predicted"))
             line[f"{short}_prediction_error"] = predicted / measured - 1 if measured else math.nan
+            line[f"{short}_joules_per_image"] = median(step_values(members, phase, "joules_per_image"))
         line |= {name: scores.get(d or 0, {}).get(name, math.nan) for name in quality_names(scores)}
         failed = [text for text in (_status(members), _status([judged[d]] if d in judged else [])) if text != "ok"]
         line["status"] = "; ".join(failed) or "ok"
         lines.append(line)
     frame = pd.DataFrame(lines)
     frame = _with_change(frame) if len(frame) else frame
-    empty = [c for c in frame.columns if c.endswith("_prediction_error") and not frame[c].notna().any()]
+    optional = ("_prediction_error", "_joules_per_image")
+    empty = [c for c in frame.columns if c.endswith(optional) and not frame[c].notna().any()]
     frame = frame.drop(columns=empty)
     frame.attrs["memory_column"] = column
     return frame

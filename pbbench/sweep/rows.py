@@ -35,9 +35,16 @@ def base_row(experiment: Experiment, cell: Cell, device: str) -> dict[str, Any]:
 METERS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes", "peak_device_bytes", "peak_rss_bytes")
 
 
-def columns_of(reading: Any) -> dict[str, Any]:
-    """A meter's reading as columns of a row."""
-    return {**{name: getattr(reading, name) for name in METERS}, "reasons": dict(reading.reasons)}
+def columns_of(reading: Any, images: int | None = None) -> dict[str, Any]:
+    """A meter's reading as columns of a row; ``images``: how many the phase handled, None where it handled none."""
+    reasons = dict(reading.reasons)
+    columns = {name: getattr(reading, name) for name in METERS}
+    unknown = reasons.pop("energy_joules", None)
+    if images is not None and unknown is None:
+        columns["joules_per_image"] = reading.energy_joules / images
+    elif images is not None:
+        reasons["joules_per_image"] = unknown
+    return {**columns, "reasons": reasons}
 
 
 class NanLossError(Exception):

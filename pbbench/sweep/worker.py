@@ -5,7 +5,8 @@ The worker writes no results; it tells its parent what happened, line by line ({
 the worker leaves at once: no orphan goes on computing beside a resumed sweep.
 
 A measured workload: build (phase load) → cold step, metered → warm-up → warm steps, metered and timed → one traced step,
-untimed, which counts live bytes. Sampling comes first, in a clean process; training follows after everything is freed.
+untimed, which counts live bytes; on CUDA and where asked for, one more, of which torch writes its memory snapshot. Sampling
+comes first, in a clean process; training follows after everything is freed.
 """
 
 from __future__ import annotations
@@ -27,17 +28,23 @@ from pbbench.sweep.grid import Cell
 from pbbench.sweep.rows import Emit, base_row, columns_of, failure, unmeasured, with_reason, with_reasons
 
 PREDICTED = ("predicted_allocated_bytes", "predicted_reserved_bytes")
+UNREAD_IN_PARTS = ("peak_allocated_bytes", "peak_reserved_bytes", "seconds_per_step", "joules_per_image")
 
 
-def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) -> None:
+def measure(experiment: Experiment, cell: Cell, device_name: str, run: Path, emit: Emit) -> None:
     """Measure a sampling step, then a training step; a failure of one is a row and does not stop the other."""
     import torch
 
     from pbbench.memory.meter import Meter
+    from pbbench.memory.viewer import memory_snapshot
     from pbbench.sweep import workload
 
     device = torch.device(device_name)
     common = base_row(experiment, cell, device_name)
+    snapshots = run / "snapshots" if experiment.sweep.memory_snapshots else None
+    if snapshots and device.type != "cuda":
+        emit("note", text="sweep.memory_snapshots: torch's snapshots are of CUDA memory; none is written on this device")
+        snapshots = None
     builders = {"sample_step": workload.sampling_workload, "train_step": workload.training_workload}
     with Meter(device) as meter:
         for phase, build in builders.items():
@@ -51,6 +58,11 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, emit: Emit) ->
                 current = phase
                 emit("phase", phase=phase)
                 _measure_step(experiment, cell, work, phase, meter, common, emit)
+                if snapshots:
+                    path = snapshots / f"{cell.id}-{phase}.pickle"
+                    with memory_snapshot(path):
+                        work.run()
+                    emit("detail", snapshot={phase: str(path.relative_to(run))})
             except Exception as error:
                 if isinstance(error, InputError):
                     raise
@@ -84,6 +96,7 @@ def _measure_step(
 ) -> None:
     import torch
 
+    from pbbench.memory.timeline import timeline
     from pbbench.sweep.workload import FlopCount
 
     sweep = experiment.sweep
@@ -105,9 +118,10 @@ def _measure_step(
         with meter.parts(work.modules) as parts:
             work.run()
     with FlopCount() as flops:
-        live = work.trace()
+        live = work.trace(record_events=True)
     expected = predicted(experiment, cell, phase)
     seconds = statistics.median(times)
+    measured = columns_of(warm, images=work.images * sweep.measured_steps)
     untraced = "live tensors are counted on a warm step"
     emit(
         "row",
@@ -117,7 +131,7 @@ def _measure_step(
             "temperature": "cold",
             "seconds_per_step": cold.seconds,
             "images_per_second": work.images / cold.seconds,
-            **with_reason(columns_of(cold), "peak_live_bytes", untraced),
+            **with_reason(columns_of(cold, images=work.images), "peak_live_bytes", untraced),
         },
     )
     emit(
@@ -131,16 +145,19 @@ def _measure_step(
             "flops_per_image": flops.total // work.images,
             "peak_live_bytes": live.peak_bytes,
             **{f"{name}_bytes": live.by_category[name] for name in CATEGORIES},
-            **with_reasons(columns_of(warm), expected[phase]),
+            **with_reasons(measured, expected[phase]),
         },
     )
     for name, peak in live.phases.items() if phase == "train_step" else ():
         columns = {"peak_live_bytes": peak.peak_bytes, **{f"{key}_bytes": peak.by_category[key] for key in CATEGORIES}}
         if name in parts:
-            read = {**columns_of(parts[name]), "seconds_per_step": parts[name].seconds}
+            read = {**columns_of(parts[name], images=work.images), "seconds_per_step": parts[name].seconds}
         else:
-            why = "only live tensors are counted within a step on the CPU; the meters read whole steps"
-            read = {"reasons": dict.fromkeys(("peak_allocated_bytes", "peak_reserved_bytes", "seconds_per_step"), why)}
+            read = {
+                "reasons": dict.fromkeys(
+                    UNREAD_IN_PARTS, "on the CPU meters read whole steps; live tensors are counted in parts"
+                )
+            }
         read = with_reasons(read, expected.get(name, {}))
         emit("row", row={**common, "phase": name, "temperature": "warm", **columns, **read})
     at_peak = {"operator": live.peak_operator, "module": live.peak_module}
@@ -149,7 +166,8 @@ def _measure_step(
         by_module={phase: live.by_module[:12]},
         at_peak={phase: at_peak},
         step_seconds={phase: times},
-        ledger={phase: warm.ledger},
+        ledger={phase: warm.ledger | ({"reasons": warm.closing_reasons} if warm.closing_reasons else {})},
+        timeline={phase: timeline(live)},
     )
 
 
@@ -159,7 +177,7 @@ def run_job(job: dict[str, Any], emit: Emit) -> None:
     cell = Cell(**job["cell"])
     try:
         if cell.kind == "measure":
-            measure(experiment, cell, job["device"], emit)
+            measure(experiment, cell, job["device"], Path(job["run"]), emit)
         else:
             from pbbench.sweep.score import train_and_score
 
