@@ -24,8 +24,8 @@ def forecast_table(experiment: Experiment, cells: Sequence[Cell], calibration: C
     """One line per cell; quality cells are listed with what they will do."""
     table = _table("Predicted peaks", experiment)
     table.add_column("cell", no_wrap=True)
-    for step in ("sampling", "training"):
-        for name in ("live", "activations", "reserved"):
+    for step in ("sample", "train"):
+        for name in ("live", "acti-\nvations", "reserved"):
             table.add_column(f"{step}\n{name}", justify="right", no_wrap=True)
     for cell in cells:
         if cell.kind == "measure":
@@ -90,14 +90,12 @@ def search_table(experiment: Experiment, found: dict[str, Any]) -> Table:
     doing = {"train_step": "Training", "sample_step": "Sampling"}[found["step"]]
     table = _table(f"{doing} within {limit}", experiment)
     table.add_column("d", justify="right")
-    for name in (f"batch {batch}, fastest:\npatches a pass", "recompute", "precision", "needs", "margin"):
-        table.add_column(name, justify="right")
-    table.add_column("largest\nbatch", justify="right")
-    table.add_column("needs", justify="right")
+    for name in ("patches\na pass", "recom-\npute", "auto-\ncast", "needs", "margin", "largest\nbatch", "needs"):
+        table.add_column(name, justify="right", no_wrap=True)
     for line in found["dividers"]:
         fast, most = line["fastest"], line["largest_batch"]
         mark = " *" if line["patch_divider"] == found["fastest_divider"] and len(found["dividers"]) > 1 else ""
-        texts = ["nothing fits", "–", "–", "–", "–"]
+        texts = ["–"] * 5
         if fast:
             texts = [str(fast["patch_batch_size"]), fast["recompute"], fast["mixed_precision"]]
             texts += [format_bytes(fast["with_known_terms_bytes"]), format_bytes(fast["margin_bytes"])]
@@ -105,8 +103,9 @@ def search_table(experiment: Experiment, found: dict[str, Any]) -> Table:
         table.add_row(f"{line['patch_divider']}{mark}", *texts, *ends)
     section: Any = experiment.training if found["step"] == "train_step" else experiment.sampling
     table.caption = (
-        "Needs: predicted reserved bytes of a warm step. Fastest by an estimate of the time that only ranks; pbbench sweep "
-        f"measures it. Largest batch: with patch_batch_size = {section.patch_batch_size}, as the experiment has it. "
+        f"Left: the fastest setting for batch {batch}, by an estimate of the time that only ranks (pbbench sweep measures); –: none "
+        "fits. Needs: predicted reserved bytes of a warm step. Largest batch: with patch_batch_size = "
+        f"{section.patch_batch_size}, as the experiment has it. "
         + ("* least estimated time. " if len(found["dividers"]) > 1 else "")
         + found["calibration"]
     )
