@@ -222,17 +222,22 @@ def test_damaged_cache_is_computed_anew(scenes: torch.Tensor, tmp_path: Path) ->
     samples, reference = list(scenes[:40]), Counted(scenes[40:])
     fresh = score(samples, reference, extractor="random", cache=tmp_path)
     (file,) = tmp_path.iterdir()
-    for damage in (b"", b"not safetensors", file.read_bytes()[:-50]):
+    sound = file.read_bytes()
+    one_byte = sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:]
+    for damage in (b"", b"not safetensors", sound[:-50], one_byte):
         file.write_bytes(damage)
         assert score(samples, reference, extractor="random", cache=tmp_path) == fresh
-        key = feature_key(reference, (3, 16, 16), "pbbench-random-features-v1, 304 features, float32", "cpu")
-        assert load_features(tmp_path, key or {}) is not None
+        assert list(tmp_path.iterdir()) == [file]
+        reads = reference.reads
+        assert score(samples, reference, extractor="random", cache=tmp_path) == fresh
+        assert reference.reads == reads + 1  # its size was asked for: the features are there again
 
 
-@pytest.mark.parametrize("changed", ["data", "num_images", "shape", "extractor", "device", "torch", "torch_fidelity"])
+@pytest.mark.parametrize("changed", ["data", "num_images", "shape", "extractor", "cut", "torch", "torch_fidelity", "pillow"])
 def test_every_part_of_the_key_counts(scenes: torch.Tensor, tmp_path: Path, changed: str) -> None:
-    key = feature_key(Counted(scenes), (3, 16, 16), "an extractor", "cpu")
+    key = feature_key(Counted(scenes), (3, 16, 16), {"extractor": "one", "cut": "whole images"})
     assert key is not None
+    assert changed in key
     features = torch.rand(len(scenes), 5)
     store_features(tmp_path, key, features)
     assert torch.equal(load_features(tmp_path, key), features)
