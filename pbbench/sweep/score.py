@@ -25,7 +25,7 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
 
     from pbbench.model.diffusion import Diffusion
     from pbbench.training.checkpoint import load_model
-    from pbbench.training.generate import generate
+    from pbbench.training.generate import generate, save_images
     from pbbench.training.grid import write_grid
     from pbbench.training.heldout import training_and_held_out
 
@@ -48,6 +48,8 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     seconds = {"sample_seconds": time.perf_counter() - started}
     grid = f"samples/{cell.id}.png"
     write_grid(run / grid, torch.stack(samples[:GRID_IMAGES]))
+    if experiment.quality.save_samples:
+        save_images(samples, run / "samples" / cell.id)
     if experiment.quality.reference_grid:
         write_grid(run / "samples" / "reference.png", reference.batch(range(min(GRID_IMAGES, len(reference)))))
 
