@@ -34,7 +34,7 @@ class Counted:
         self.reads += 1
         return self.images[index]
 
-    def fingerprint(self) -> str:
+    def content_fingerprint(self) -> str:
         return self.content
 
 
@@ -101,6 +101,28 @@ def test_precision_and_recall_on_points_on_a_line() -> None:
     reference = torch.cat((torch.linspace(0, 1, 20), torch.linspace(10, 11, 20)))[:, None]
     samples = torch.linspace(0, 1, 30)[:, None]
     assert fid._precision_recall(samples, reference) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 60), (60, 40), (5, 4)])
+def test_precision_and_recall_against_brute_force(n: int, m: int) -> None:
+    """A point counts where some point of the other set has it within the distance of its own third neighbour."""
+    rng = np.random.default_rng(n)
+    samples, reference = rng.normal(size=(n, 3)), rng.normal(size=(m, 3)) * 1.3 + 0.4
+
+    def inside(points: Any, others: Any) -> float:
+        held = 0
+        for point in points:
+            for i, other in enumerate(others):
+                third = sorted(np.linalg.norm(other - neighbour) for j, neighbour in enumerate(others) if j != i)[2]
+                if np.linalg.norm(point - other) <= third:
+                    held += 1
+                    break
+        return held / len(points)
+
+    precision, recall = fid._precision_recall(torch.from_numpy(samples), torch.from_numpy(reference))
+    assert precision == pytest.approx(inside(samples, reference), abs=1e-6)
+    assert recall == pytest.approx(inside(reference, samples), abs=1e-6)
+    assert 0 < precision <= 1
 
 
 def test_equal_sets_are_at_distance_zero(scenes: torch.Tensor) -> None:

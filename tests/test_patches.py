@@ -92,7 +92,7 @@ class Counted(list[torch.Tensor]):
         self.reads += 1
         return super().__getitem__(index)
 
-    def fingerprint(self) -> str:
+    def content_fingerprint(self) -> str:
         return "the same"
 
 

@@ -24,9 +24,9 @@ CHECKSUM = "features_sha256"
 
 
 def feature_key(images: Images, shape: tuple[int, int, int], settings: dict[str, Any]) -> dict[str, str] | None:
-    """What the features depend on; None where the set does not say what it holds (no ``fingerprint()``). ``settings``: the
+    """What the features depend on; None where the set does not say what it holds (``content_fingerprint()``). ``settings``: the
     extractor with its weights, what it is shown of an image, the device, and the batch size (which decides the rounding)."""
-    fingerprint = getattr(images, "fingerprint", None)
+    fingerprint = getattr(images, "content_fingerprint", None)
     if fingerprint is None:
         return None
     facts: dict[str, Any] = {

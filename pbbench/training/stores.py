@@ -1,7 +1,8 @@
 """Where an ``ImageSet`` has its pixels: decoded files in memory, files decoded as they are asked for, or built-in scenes.
 
 Each store answers the same questions: ``len``; ``read``, the images of some numbers, counted from ``first`` in a part of
-``count``; ``describe``; ``identity``, the facts a fingerprint is made of; ``in_memory``, is reading free; ``skipped``.
+``count``; ``names`` of their files; ``describe``; ``identity``, the facts a fingerprint is made of; ``checksums``, what these
+leave out of the files' content; ``in_memory``, is reading free; ``skipped``.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class Store(Protocol):
     def __len__(self) -> int: ...
     def record(self, found: Iterable[Unreadable]) -> None: ...
     def read(self, indices: Indices, first: int, count: int) -> torch.Tensor: ...
+    def names(self, first: int, count: int) -> list[str]: ...
     def describe(self, count: int) -> str: ...
     def identity(self, first: int, count: int) -> list[object]: ...
+    def checksums(self, first: int, count: int) -> list[int]: ...
 
 
 class _FileStore:
@@ -72,11 +75,17 @@ class _FileStore:
                 self.skipped.append(unreadable)
                 logger.warning("%s: %s cannot be read (%s); the next image stands in for it", self.name, *unreadable)
 
+    def names(self, first: int, count: int) -> list[str]:
+        return [entry.name for entry in self._entries[first : first + count]]
+
     def describe(self, count: int) -> str:
         return f"{self.name}: {count:,} images, {len(self.skipped):,} skipped"
 
     def identity(self, first: int, count: int) -> list[object]:
         return [[entry.name, entry.size, entry.crc] for entry in self._entries[first : first + count]]
+
+    def checksums(self, first: int, count: int) -> list[int]:
+        return []  # identity holds those of whole files
 
     def _first_readable(self, entries: list[Entry], wanted: int, load: Callable[[Entry], Result]) -> Iterator[Result]:
         """``load`` of the first ``wanted`` entries that it manages, in order, by threads; those it does not are skipped."""
@@ -147,6 +156,14 @@ class LazyStore(_FileStore):
 
         self._entries = list(self._first_readable(source.entries, wanted, check))
 
+    def checksums(self, first: int, count: int) -> list[int]:
+        """Of a folder's files, whose starts alone stand in ``identity``; all of them are read. −1: cannot be read any more."""
+        source = self._source
+        if isinstance(source, Zip):
+            return []
+        found = (_attempt(lambda e: zlib.crc32(read_bytes(source, e)), e) for e in self._entries[first : first + count])
+        return [-1 if isinstance(crc, Unreadable) else crc for crc in found]
+
     def _decode(self, entry: Entry) -> NDArray[np.uint8]:
         return decode(read_bytes(self._source, entry), self.size)
 
@@ -193,11 +210,17 @@ class SceneStore:
             self._drawn[missing] = True
         return torch.from_numpy(kept[numbers])
 
+    def names(self, first: int, count: int) -> list[str]:
+        return []
+
     def describe(self, count: int) -> str:
         return f"synthetic scenes, seed {self.seed}: {count:,} images"
 
     def identity(self, first: int, count: int) -> list[object]:
         return ["synthetic", synthetic.VERSION, self.seed, first, count]
+
+    def checksums(self, first: int, count: int) -> list[int]:
+        return []
 
 
 def _num_cores() -> int:
