@@ -112,6 +112,8 @@ def _incomparable(column: str, a: Sequence[CellResult], b: Sequence[CellResult])
         asked["the extractors"] = [{row.extractor for row in _rows(cells)} for cells in (a, b)]
         asked["the numbers of images scored"] = [{row.num_images for row in _rows(cells)} for cells in (a, b)]
         asked["the numbers of reference images"] = [{c.details.get("num_reference_images") for c in cells} for cells in (a, b)]
+    if "patch" in column:
+        asked["the patches"] = [{(c.details.get("metrics") or {}).get("patches") for c in cells} for cells in (a, b)]
     if column == "held_out_loss":
         asked["the numbers of held-out images"] = [{c.details.get("num_held_out") for c in cells} for cells in (a, b)]
     if "kernel" in column:

@@ -147,7 +147,7 @@ def intervals(cells: Iterable[CellResult]) -> dict[int, dict[str, tuple[float, f
         divider = axis(cell, "patch_divider")
         if cell.kind == "quality" and cell.status == "ok" and divider is not None:
             metrics = cell.details.get("metrics") or {}
-            given = {name: finite(metrics.get(f"{name}_interval") or ()) for name in DISTANCES}
+            given = {name: finite(metrics.get(f"{name}_interval") or ()) for name in (*DISTANCES, "seam_score")}
             found.setdefault(divider, []).append({name: (v[0], v[1]) for name, v in given.items() if len(v) == 2})
     return {divider: own[0] for divider, own in found.items() if len(own) == 1}
 
