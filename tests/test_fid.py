@@ -266,6 +266,13 @@ def test_every_part_of_the_key_counts(scenes: torch.Tensor, tmp_path: Path, chan
     assert load_features(tmp_path, key | {changed: "7"}) is None
 
 
+def test_a_cache_that_cannot_be_written_costs_no_score(scenes: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    samples, reference = list(scenes[:40]), Counted(scenes[40:])
+    found = score(samples, reference, extractor="random", cache=tmp_path / "file" / "cache")
+    assert found == score(samples, reference, extractor="random")
+
+
 def test_sets_without_a_fingerprint_are_not_cached(scenes: torch.Tensor, tmp_path: Path) -> None:
     score(list(scenes[:40]), list(scenes[40:]), extractor="random", cache=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ Images go from memory straight into the network; no file lies between sampling a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,5 +108,6 @@ def extract_reference(
     found = extract(extractor, images, "reference images", absent, batch_size, progress)
     for cut in absent:
         if cache and (key := keys[cut]):
-            store_features(cache, key, found[cut.name])
+            with contextlib.suppress(OSError):  # a full disk costs the next score time, not this one its figures
+                store_features(cache, key, found[cut.name])
     return {cut.name: features for cut, features in kept.items() if features is not None} | found
