@@ -254,3 +254,14 @@ def test_the_photographs(shared):
     pixels = images.batch(range(10_000)).numpy()
     assert (pixels == airplane).all(axis=(1, 2, 3)).sum() == 1
     assert abs(pixels[:5000].mean() - pixels[5000:].mean()) < 2  # the halves are alike, though the zip is sorted by class
+
+
+def test_names_follow_the_sets_order(folder):
+    for images in (open_images(str(folder), SIZE), lazily(folder), lazily(zipped(folder))):
+        names = images.names()
+        assert len(names) == len(images)
+        for index in (0, len(images) - 1):
+            pixels = np.asarray(Image.open(folder / names[index]).convert("RGB").resize(SIZE[::-1])).transpose(2, 0, 1)
+            assert (images[index].numpy() == pixels).all()
+        assert images.subset(1, 3).names() == names[1:3]
+    assert open_images("synthetic", SIZE, 5).names() == []

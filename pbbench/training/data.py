@@ -89,7 +89,8 @@ class ImageSet(Dataset[torch.Tensor]):
 
     def names(self) -> list[str]:
         """The files' names in the set's order, relative to the source; empty for the scenes."""
-        return self._store.names(self._first, self._count)
+        facts = self._store.identity(self._first, self._count)
+        return [str(fact[0]) for fact in facts if isinstance(fact, list)]
 
     def subset(self, start: int, stop: int) -> ImageSet:
         """Images ``start`` … ``stop`` − 1, to keep held-out images apart. Raises InputError where there are not so many."""
@@ -120,7 +121,7 @@ class ImageSet(Dataset[torch.Tensor]):
     def content_fingerprint(self) -> str:
         """As ``fingerprint``, but over whole files always, for what must not outlive any change of them: a folder too large to
         be decoded on opening is read once more."""
-        sums = self._store.checksums(self._first, self._count)
+        sums = self._store.checksums(self._first, self._count) if isinstance(self._store, LazyStore) else []
         return hashlib.sha256(json.dumps([self.fingerprint(), sums]).encode()).hexdigest() if sums else self.fingerprint()
 
 

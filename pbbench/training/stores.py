@@ -1,8 +1,7 @@
 """Where an ``ImageSet`` has its pixels: decoded files in memory, files decoded as they are asked for, or built-in scenes.
 
 Each store answers the same questions: ``len``; ``read``, the images of some numbers, counted from ``first`` in a part of
-``count``; ``names`` of their files; ``describe``; ``identity``, the facts a fingerprint is made of; ``checksums``, what these
-leave out of the files' content; ``in_memory``, is reading free; ``skipped``.
+``count``; ``describe``; ``identity``, the facts a fingerprint is made of; ``in_memory``, is reading free; ``skipped``.
 """
 
 from __future__ import annotations
@@ -51,10 +50,8 @@ class Store(Protocol):
     def __len__(self) -> int: ...
     def record(self, found: Iterable[Unreadable]) -> None: ...
     def read(self, indices: Indices, first: int, count: int) -> torch.Tensor: ...
-    def names(self, first: int, count: int) -> list[str]: ...
     def describe(self, count: int) -> str: ...
     def identity(self, first: int, count: int) -> list[object]: ...
-    def checksums(self, first: int, count: int) -> list[int]: ...
 
 
 class _FileStore:
@@ -75,17 +72,11 @@ class _FileStore:
                 self.skipped.append(unreadable)
                 logger.warning("%s: %s cannot be read (%s); the next image stands in for it", self.name, *unreadable)
 
-    def names(self, first: int, count: int) -> list[str]:
-        return [entry.name for entry in self._entries[first : first + count]]
-
     def describe(self, count: int) -> str:
         return f"{self.name}: {count:,} images, {len(self.skipped):,} skipped"
 
     def identity(self, first: int, count: int) -> list[object]:
         return [[entry.name, entry.size, entry.crc] for entry in self._entries[first : first + count]]
-
-    def checksums(self, first: int, count: int) -> list[int]:
-        return []  # identity holds those of whole files
 
     def _first_readable(self, entries: list[Entry], wanted: int, load: Callable[[Entry], Result]) -> Iterator[Result]:
         """``load`` of the first ``wanted`` entries that it manages, in order, by threads; those it does not are skipped."""
@@ -210,17 +201,11 @@ class SceneStore:
             self._drawn[missing] = True
         return torch.from_numpy(kept[numbers])
 
-    def names(self, first: int, count: int) -> list[str]:
-        return []
-
     def describe(self, count: int) -> str:
         return f"synthetic scenes, seed {self.seed}: {count:,} images"
 
     def identity(self, first: int, count: int) -> list[object]:
         return ["synthetic", synthetic.VERSION, self.seed, first, count]
-
-    def checksums(self, first: int, count: int) -> list[int]:
-        return []
 
 
 def _num_cores() -> int:
