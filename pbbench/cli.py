@@ -219,7 +219,7 @@ def fid(
         str, typer.Option("--reference", metavar="PATH", help="Folder, zip, checkpoint folder, or synthetic.")
     ],
     metrics: Annotated[
-        list[str] | None, typer.Option("--metrics", metavar="fid|kid|prc...", help="[default: fid kid prc]")
+        list[str] | None, typer.Option("--metrics", metavar="fid|kid|prc|patch...", help="[default: fid kid prc]")
     ] = None,
     inception_weights: Annotated[
         Path | None,
@@ -247,7 +247,7 @@ def fid(
 ) -> None:
     """FID, KID, precision and recall between two sets of images."""
     from pbbench.environment import resolve_device
-    from pbbench.sweep.score_sets import METRICS, score_sets
+    from pbbench.sweep.score_sets import METRICS, lines, score_sets
 
     count, size = (
         whole_numbers("--num-images", [num_images] if num_images else None),
@@ -265,9 +265,8 @@ def fid(
     if json_:
         typer.echo(json.dumps(scores, indent=1))
         return
-    width = max(map(len, scores))
-    for name, value in scores.items():
-        typer.echo(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+    for line in lines(scores):
+        typer.echo(line)
 
 
 @app.command(cls=ManyValues)

@@ -213,14 +213,17 @@ class SamplingConfig(Section):
 
 
 class QualityConfig(Section):
-    metrics: Annotated[tuple[Literal["fid", "kid", "prc"], ...], Field(min_length=1)] = ("fid", "kid", "prc")
-    """Frechet distance, kernel distance, precision and recall."""
+    metrics: Annotated[tuple[Literal["fid", "kid", "prc", "patch"], ...], Field(min_length=1)] = ("fid", "kid", "prc", "patch")
+    """Frechet distance, kernel distance, precision and recall, and the Frechet distance of patches at full resolution (four
+    more passes of the extractor an image)."""
     num_images: Annotated[int, Field(ge=2)] = 10_000
     """Samples drawn and scored per divider."""
     num_reference_images: Annotated[int, Field(ge=2)] | None = None
     """Images of the data that samples are compared with; absent: all of them."""
     kid_subset_size: Positive = 1000
     """Images per subset of the kernel distance; clipped to the smaller set."""
+    save_samples: bool = False
+    """Keep every scored sample as samples/<cell>/000000.png and on."""
     reference_grid: bool = True
     """Show some reference images beside the samples in the report; false where they may not be published."""
     inception_weights: str | None = None

@@ -84,6 +84,10 @@ class Row(BaseModel):
     """As FID, from no more images than the extractor has features: biased upward, so not FID."""
     unverified_inception_frechet_distance: float | None = None
     """As FID, with a weights file that is not the published one: not FID."""
+    patch_frechet_inception_distance: float | None = None
+    """As FID, between patches at the images' own resolution."""
+    random_features_patch_frechet_distance: float | None = None
+    """As random_features_frechet_distance, between patches at the images' own resolution."""
     extractor: str | None = None
     precision: float | None = None
     recall: float | None = None

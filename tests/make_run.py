@@ -140,7 +140,16 @@ def quality_cell(divider: int, *, device: str = "cpu", status: Any = "ok", genui
     row.reasons = {"seam_score": "undefined without patch borders (d = 1)"} if seam is None else {}
     if not genuine:
         row.reasons |= {"frechet_inception_distance": "no Inception weights: pass --inception-weights FILE"}
-    metrics = {column: distance, kernel: 0.0123, "num_images": 1000, "notes": [], "reasons": {}, "seed": 0}
+    interval = [0.98 * distance, 1.03 * distance]
+    metrics = {
+        column: distance,
+        f"{column}_interval": interval,
+        kernel: 0.0123,
+        "num_images": 1000,
+        "notes": [],
+        "reasons": {},
+        "seed": 0,
+    }
     details: dict[str, Any] = {"grid": f"samples/{name}.png", "metrics": metrics, "reference": "synthetic scenes, 128×128"}
     details |= {"num_reference_images": 10000, "num_held_out": 256, "loss": 0.17, "checkpoint": "trained"}
     details |= {"held_out": {"mean": loss, "bands": BANDS, "num_images": 256, "seed": 0}}

@@ -212,6 +212,23 @@ def test_a_fingerprint_stands_for_the_pixels(folder):
     assert whole.subset(3, 6).fingerprint() == second.subset(3, 6).fingerprint()
 
 
+def test_a_content_fingerprint_sees_the_last_byte_of_every_file(folder):
+    """Of a set that is not held in memory ``fingerprint`` reads the files' starts: a torn copy of the same size would pass."""
+    path = folder / "set1" / "01.png"
+    path.write_bytes(path.read_bytes() + bytes(5000))
+    before = lazily(folder)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    after = lazily(folder)
+    assert after.fingerprint() == before.fingerprint()
+    kept = lazily(folder).content_fingerprint()
+    path.write_bytes(path.read_bytes()[:-1] + b"y")
+    assert lazily(folder).content_fingerprint() != kept
+    for whole in (open_images(str(folder), SIZE), lazily(zipped(folder)), open_images("synthetic", SIZE, 5)):
+        assert whole.content_fingerprint() == whole.fingerprint()  # which hold whole files' sums anyway
+    path.unlink()
+    assert after.content_fingerprint() != kept
+
+
 @pytest.mark.parametrize(("context", "limit"), [("fork", 2**30), ("fork", 0), ("spawn", 0)])
 def test_worker_processes_read_the_same_images(folder, context, limit):
     """As torch-fidelity does, which makes a DataLoader of the set; the zip's handle is not shared between processes."""
@@ -237,3 +254,14 @@ def test_the_photographs(shared):
     pixels = images.batch(range(10_000)).numpy()
     assert (pixels == airplane).all(axis=(1, 2, 3)).sum() == 1
     assert abs(pixels[:5000].mean() - pixels[5000:].mean()) < 2  # the halves are alike, though the zip is sorted by class
+
+
+def test_names_follow_the_sets_order(folder):
+    for images in (open_images(str(folder), SIZE), lazily(folder), lazily(zipped(folder))):
+        names = images.names()
+        assert len(names) == len(images)
+        for index in (0, len(images) - 1):
+            pixels = np.asarray(Image.open(folder / names[index]).convert("RGB").resize(SIZE[::-1])).transpose(2, 0, 1)
+            assert (images[index].numpy() == pixels).all()
+        assert images.subset(1, 3).names() == names[1:3]
+    assert open_images("synthetic", SIZE, 5).names() == []

@@ -89,3 +89,18 @@ def test_photographs_are_ordered(shared: Path) -> None:
     for worse in (blurs, shuffles, noises):
         assert [floor, *worse] == sorted([floor, *worse])
     assert min(blurs[1], *shuffles, *noises[1:]) > 2 * floor
+    assert floor < 0.2 * distance(shuffled(half, 8), reference)
+
+
+def test_the_floor_of_photographs_is_within_its_interval(shared: Path) -> None:
+    """Two halves differ by chance alone: other halves give a figure that the interval of the first allows for."""
+    photographs = open_images(str(shared / "data" / "cifar10-test.zip"), (32, 32), 2000)
+    reference = photographs.batch(range(1000))
+    found = [
+        score(list(photographs.batch(range(first, first + 500))), list(reference), metrics=["fid"], extractor="random")
+        for first in (1000, 1500)
+    ]
+    name = "random_features_frechet_distance"
+    (low, high), figure = found[0][f"{name}_interval"], found[0][name]
+    assert low < found[1][name] < high
+    assert high - low < figure

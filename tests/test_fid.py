@@ -34,7 +34,7 @@ class Counted:
         self.reads += 1
         return self.images[index]
 
-    def fingerprint(self) -> str:
+    def content_fingerprint(self) -> str:
         return self.content
 
 
@@ -101,6 +101,28 @@ def test_precision_and_recall_on_points_on_a_line() -> None:
     reference = torch.cat((torch.linspace(0, 1, 20), torch.linspace(10, 11, 20)))[:, None]
     samples = torch.linspace(0, 1, 30)[:, None]
     assert fid._precision_recall(samples, reference) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 60), (60, 40), (5, 4)])
+def test_precision_and_recall_against_brute_force(n: int, m: int) -> None:
+    """A point counts where some point of the other set has it within the distance of its own third neighbour."""
+    rng = np.random.default_rng(n)
+    samples, reference = rng.normal(size=(n, 3)), rng.normal(size=(m, 3)) * 1.3 + 0.4
+
+    def inside(points: Any, others: Any) -> float:
+        held = 0
+        for point in points:
+            for i, other in enumerate(others):
+                third = sorted(np.linalg.norm(other - neighbour) for j, neighbour in enumerate(others) if j != i)[2]
+                if np.linalg.norm(point - other) <= third:
+                    held += 1
+                    break
+        return held / len(points)
+
+    precision, recall = fid._precision_recall(torch.from_numpy(samples), torch.from_numpy(reference))
+    assert precision == pytest.approx(inside(samples, reference), abs=1e-6)
+    assert recall == pytest.approx(inside(reference, samples), abs=1e-6)
+    assert 0 < precision <= 1
 
 
 def test_equal_sets_are_at_distance_zero(scenes: torch.Tensor) -> None:
@@ -222,21 +244,33 @@ def test_damaged_cache_is_computed_anew(scenes: torch.Tensor, tmp_path: Path) ->
     samples, reference = list(scenes[:40]), Counted(scenes[40:])
     fresh = score(samples, reference, extractor="random", cache=tmp_path)
     (file,) = tmp_path.iterdir()
-    for damage in (b"", b"not safetensors", file.read_bytes()[:-50]):
+    sound = file.read_bytes()
+    one_byte = sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:]
+    for damage in (b"", b"not safetensors", sound[:-50], one_byte):
         file.write_bytes(damage)
         assert score(samples, reference, extractor="random", cache=tmp_path) == fresh
-        key = feature_key(reference, (3, 16, 16), "pbbench-random-features-v1, 304 features, float32", "cpu")
-        assert load_features(tmp_path, key or {}) is not None
+        assert list(tmp_path.iterdir()) == [file]
+        reads = reference.reads
+        assert score(samples, reference, extractor="random", cache=tmp_path) == fresh
+        assert reference.reads == reads + 1  # its size was asked for: the features are there again
 
 
-@pytest.mark.parametrize("changed", ["data", "num_images", "shape", "extractor", "device", "torch", "torch_fidelity"])
+@pytest.mark.parametrize("changed", ["data", "num_images", "shape", "extractor", "cut", "torch", "torch_fidelity", "pillow"])
 def test_every_part_of_the_key_counts(scenes: torch.Tensor, tmp_path: Path, changed: str) -> None:
-    key = feature_key(Counted(scenes), (3, 16, 16), "an extractor", "cpu")
+    key = feature_key(Counted(scenes), (3, 16, 16), {"extractor": "one", "cut": "whole images"})
     assert key is not None
+    assert changed in key
     features = torch.rand(len(scenes), 5)
     store_features(tmp_path, key, features)
     assert torch.equal(load_features(tmp_path, key), features)
     assert load_features(tmp_path, key | {changed: "7"}) is None
+
+
+def test_a_cache_that_cannot_be_written_costs_no_score(scenes: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    samples, reference = list(scenes[:40]), Counted(scenes[40:])
+    found = score(samples, reference, extractor="random", cache=tmp_path / "file" / "cache")
+    assert found == score(samples, reference, extractor="random")
 
 
 def test_sets_without_a_fingerprint_are_not_cached(scenes: torch.Tensor, tmp_path: Path) -> None:

@@ -176,9 +176,10 @@ def test_a_run_of_one_divider_with_real_features(tmp_path: Path) -> None:
     folder = make_run(tmp_path, dividers=(4,), device="cuda", genuine=True, predicted=True)
     write_report(folder)
     text = (folder / "report.md").read_text(encoding="utf-8")
-    assert "| FID |" in text
+    assert "| FID-1k |" in text
+    assert "| 52.7 (51.6–54.3) |" in text
     assert "not FID" not in text
-    assert "FID on 1,000 images lies above" in text
+    assert "FID-1k lies above" in text
     assert "there is none of d = 1 in one pass to compare with" in text
     assert "### Predicted against measured" in text
     assert "### The ledger after each step" in text

@@ -86,6 +86,7 @@ def test_axes_name_what_they_show_the_meter_and_the_unit(figures: dict[str, Figu
     assert right.get_xlabel() == "sampling peak, torch.cuda peak allocated (GiB)"
     assert "(not FID)" in left.get_ylabel().replace("\n", " ")
     assert "1,000 images" in left.get_ylabel()
+    assert "bars: 95%" in left.get_ylabel()
     assert figures["speed"].axes[0].get_ylabel() == "training speed (images/s)"
     assert figures["split"].axes[1].get_ylabel() == "sampling peak, live tensor bytes (GiB)"
     on_cpu = plots.speed_against_memory(tables.tradeoff(cells_of("cpu")))
@@ -106,6 +107,18 @@ def test_points_lie_where_the_table_says(figures: dict[str, Figure]) -> None:
     }
     index = frame[(frame["patches_per_pass"] == "index") | (frame["patch_divider"] == 1)]
     assert dark == set(zip(index["train_peak_bytes"] / 2**30, index["random_features_frechet_distance"], strict=True))
+
+
+def test_error_bars_are_the_intervals(figures: dict[str, Figure]) -> None:
+    axes = figures["quality"].axes[0]
+    frame = tables.tradeoff(cells_of())
+    name = "random_features_frechet_distance"
+    (bars,) = (c for c in axes.collections if len(c.get_paths()) == len(frame))
+    drawn = {tuple(path.vertices[:, 1]) for path in bars.get_paths()}
+    assert drawn == set(zip(frame[f"{name}_low"], frame[f"{name}_high"], strict=True))
+    low, high = axes.get_ylim()
+    assert low < frame[f"{name}_low"].min()
+    assert high > frame[f"{name}_high"].max()
 
 
 def test_bars_stack_to_the_peak(figures: dict[str, Figure]) -> None:

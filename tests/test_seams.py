@@ -10,7 +10,8 @@ import torch
 from degrade import blurred, shuffled
 
 from pbbench.errors import InputError
-from pbbench.quality.seams import raw_seam, seam_score
+from pbbench.quality.intervals import interval, random_groups
+from pbbench.quality.seams import raw_seam, seam_score, seam_score_interval
 from pbbench.training.data import open_images
 
 
@@ -66,6 +67,25 @@ def test_a_constant_offset_per_patch_shows(scenes: torch.Tensor) -> None:
     offset = torch.randint(-12, 13, (len(scenes), 3, 4, 4)).repeat_interleave(8, 2).repeat_interleave(8, 3)
     stepped = (scenes.short() + offset).clamp(0, 255).to(torch.uint8)
     assert (seam_score(list(stepped), list(scenes), 4) or 0) > 1.3
+
+
+def test_interval_is_the_jackknife_and_covers(scenes: torch.Tensor) -> None:
+    """Against the score computed anew without each group; of two draws of 100 scenes each lies in the other's interval."""
+    half, other = scenes[:100], scenes[100:]
+    groups = random_groups(100, 5)
+    slow = torch.tensor([seam_score(list(half[groups != group]), list(other), 4) for group in range(20)])
+    found = seam_score_interval(list(half), list(other), 4, seed=5)
+    assert found == pytest.approx(interval(seam_score(list(half), list(other), 4) or 0, slow), rel=1e-6)
+    score = seam_score(list(half), list(other), 4)
+    assert score is not None
+    assert found is not None
+    assert found[0] < 1 < found[1]  # the halves are alike
+    assert found[1] - found[0] < 0.3
+    assert seam_score_interval(list(half), list(other), 1) is None
+    assert seam_score_interval(list(half[:39]), list(other), 4) is None
+    flat = torch.full_like(half, 7)
+    flat[0] = half[0]
+    assert seam_score_interval(list(flat), list(other), 4) is None  # without the first image nothing is left to divide by
 
 
 def test_null_without_borders(scenes: torch.Tensor) -> None:

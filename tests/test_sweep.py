@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pbbench.config import load_experiment, parse_experiment
 from pbbench.errors import InputError
@@ -35,6 +37,7 @@ num_inference_steps = 2
 num_images = 60
 [quality]
 num_images = 16
+save_samples = true
 [sweep]
 dividers = [1, 2]
 measured_steps = 2
@@ -151,9 +154,21 @@ def test_offline_the_stand_in_has_its_own_name_and_fid_is_null_with_the_reason(f
     assert row.frechet_inception_distance is None
     assert "Inception weights" in row.reasons["frechet_inception_distance"]
     assert row.random_features_frechet_distance > 0
+    assert row.random_features_patch_frechet_distance > 0
+    assert row.patch_frechet_inception_distance is None
     assert (row.num_images, row.images_seen, row.sampler, row.num_inference_steps) == (16, 8, "ddim", 2)
     assert row.seam_score is None
     assert row.held_out_loss > 0
+
+
+def test_the_scored_samples_are_kept_where_that_is_asked_for(finished):
+    """Scoring itself takes them from memory: without ``quality.save_samples`` only the grid is written."""
+    out, _ = finished
+    cell = next(cell for cell in read_cells(out) if cell.kind == "quality")
+    files = sorted((out / "samples" / cell.id).iterdir())
+    assert [file.name for file in files] == [f"{index:06}.png" for index in range(16)]
+    grid, first = (np.asarray(Image.open(path)) for path in (out / cell.details["grid"], files[0]))
+    assert any((grid[y : y + 16, x : x + 16] == first).all() for y in range(6) for x in range(6))
 
 
 def test_what_is_unknown_on_a_cpu_is_null_with_a_reason(finished):

@@ -18,6 +18,7 @@ from pbbench.records import CATEGORIES, COLUMNS, CellResult, Row, read_cells
 from pbbench.report import missing, tables, terminal_table
 from pbbench.report.details import bands_sheet, failure_sheet, ledger_sheet, module_sheet, prediction_sheet, quality_sheet
 from pbbench.report.layout import meters_sheet, split_sheet, tradeoff_sheet
+from pbbench.report.names import DISTANCE_WORDS, QUALITY_HEADERS, quality_header, quality_label
 from pbbench.report.sheet import (
     Column,
     Sheet,
@@ -236,6 +237,48 @@ def test_only_real_features_are_called_fid(genuine: bool) -> None:
         assert sheet is not None
         titles = " ".join([*(c.title for c in sheet.columns), *(" ".join(c.header) for c in sheet.columns), *sheet.notes])
         assert ("FID" in titles.replace("not FID", "")) is genuine
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "header", "label"),
+    [
+        ("frechet_inception_distance", [10_000.0, None], "FID-10k", "FID-10k"),
+        ("frechet_inception_distance", [5000, 50_000], "FID-5k/50k", "FID-5k/50k"),
+        ("frechet_inception_distance", [2500], "FID (2,500)", "FID (2,500)"),
+        ("frechet_inception_distance", [], "FID", "FID"),
+        ("patch_frechet_inception_distance", [10_000], "patch FID-10k", "patch FID-10k"),
+        ("kernel_inception_distance_mean", [1536], "KID (1,536)", "KID (1,536)"),
+        (
+            "random_features_frechet_distance",
+            [256],
+            "Fréchet (256), random features",
+            "Fréchet distance of 256 images, random features (not FID)",
+        ),
+        ("held_out_loss", [256], "held-out loss", "held-out denoising loss"),
+    ],
+)
+def test_names_carry_the_number_of_images(name: str, counts: list[float | None], header: str, label: str) -> None:
+    assert " ".join(quality_header(name, counts)) == header
+    assert quality_label(name, counts) == label
+
+
+def test_every_quality_figure_has_a_name() -> None:
+    assert set(tables.QUALITY) == set(QUALITY_HEADERS)
+    assert set(tables.DISTANCES) == set(DISTANCE_WORDS)
+
+
+def test_intervals_stand_beside_the_figure_of_a_divider_trained_once(cells: list[CellResult]) -> None:
+    line = tables.tradeoff(cells).iloc[3]
+    ends = [line["random_features_frechet_distance_low"], line["random_features_frechet_distance_high"]]
+    assert ends == pytest.approx([0.98 * 52.7, 1.03 * 52.7])
+    sheet = quality_sheet(cells)
+    assert sheet is not None
+    column = next(c for c in sheet.columns if c.title.startswith("Fréchet"))
+    assert column.cells[2] == "52.7 (51.6–54.3)"
+    assert "95% interval" in sheet.notes[0]
+    twice = [measure_cell(4, 32), quality_cell(4), quality_cell(4)]  # between trainings the spread is another
+    assert tables.intervals(twice) == {}
+    assert "random_features_frechet_distance_low" not in tables.tradeoff(twice)
 
 
 def test_unsteady_speeds_are_called_rough() -> None:

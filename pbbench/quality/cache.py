@@ -19,37 +19,38 @@ from torch import Tensor
 
 from pbbench.quality.batches import Images
 
+CHECKSUM = "features_sha256"
+"""Among a file's metadata: safetensors itself would not notice a changed byte."""
 
-def feature_key(
-    images: Images, shape: tuple[int, int, int], extractor: str, device: torch.device | str
-) -> dict[str, str] | None:
-    """What the features depend on; None where the set does not say what it holds (no ``fingerprint()``)."""
-    fingerprint = getattr(images, "fingerprint", None)
+
+def feature_key(images: Images, shape: tuple[int, int, int], settings: dict[str, Any]) -> dict[str, str] | None:
+    """What the features depend on; None where the set does not say what it holds (``content_fingerprint()``). ``settings``: the
+    extractor with its weights, what it is shown of an image, the device, and the batch size (which decides the rounding)."""
+    fingerprint = getattr(images, "content_fingerprint", None)
     if fingerprint is None:
         return None
     facts: dict[str, Any] = {
-        "data": fingerprint(),
+        **settings,
+        "data": fingerprint(),  # the files' content, and how they become pixels
         "num_images": len(images),
         "shape": shape,
-        "extractor": extractor,
-        "device": torch.device(device).type,
         "torch": torch.__version__,
         "torch_fidelity": version("torch-fidelity"),
+        "pillow": version("pillow"),  # the decoder: another version may round a JPEG's pixels differently
     }
     return {name: str(value) for name, value in facts.items()}
 
 
 def load_features(folder: Path, key: dict[str, str]) -> Tensor | None:
-    """float32 images × features; None where there are none for this key or the file is damaged or another's."""
+    """float32 rows × features; None where there are none for this key or the file is damaged or another's."""
     from safetensors import safe_open
 
     try:
         with safe_open(_path(folder, key), framework="pt") as file:
-            features = file.get_tensor("features") if file.metadata() == key else None
+            features = file.get_tensor("features")
+            return features if file.metadata() == {**key, CHECKSUM: _checksum(features)} else None
     except Exception:  # absent or damaged: the caller computes them and stores them anew
         return None
-    usable = features is not None and features.ndim == 2 and len(features) == int(key["num_images"])
-    return features if usable else None
 
 
 def store_features(folder: Path, key: dict[str, str], features: Tensor) -> None:
@@ -57,7 +58,8 @@ def store_features(folder: Path, key: dict[str, str], features: Tensor) -> None:
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
-    data = save({"features": features.contiguous()}, metadata=key)
+    features = features.contiguous()
+    data = save({"features": features}, metadata={**key, CHECKSUM: _checksum(features)})
     handle, aside = tempfile.mkstemp(prefix=".features-", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -66,6 +68,10 @@ def store_features(folder: Path, key: dict[str, str], features: Tensor) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
+
+
+def _checksum(features: Tensor) -> str:
+    return hashlib.sha256(features.numpy().tobytes()).hexdigest()
 
 
 def _path(folder: Path, key: dict[str, str]) -> Path:

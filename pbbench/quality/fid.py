@@ -1,16 +1,19 @@
-"""Distances between two sets of images through torch-fidelity: Frechet and kernel distance, precision and recall.
+"""Distances between two sets of images through torch-fidelity: Frechet (of images, and of patches at full resolution) and
+kernel distance, precision and recall.
 
 Features come from torch-fidelity's Inception (or the random stand-in, see ``extractors``), metrics from its metric functions,
 with every setting pinned in ``SETTINGS``: ``calculate_metrics`` on the same images gives the same digits (tests hold it to
 that). Calling the functions instead of ``calculate_metrics`` keeps pickles out: weights and cached features are read by us.
 
 The names of the results say what was computed (``metric_names``): FID and KID are Inception features with the
-published weights, and FID takes more images than it has features; anything else goes under another name.
+published weights, and FID takes more images than it has features; anything else goes under another name. Beside each distance
+stands its 95% interval (see ``intervals``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +21,16 @@ import torch
 from torch import Tensor
 
 from pbbench.errors import InputError
-from pbbench.quality.batches import Images, batches, check_pair
-from pbbench.quality.cache import feature_key, load_features, store_features
-from pbbench.quality.weights import INCEPTION, MissingWeightsError, Weights, build_inception, resolve_inception_weights
+from pbbench.quality.batches import Images, check_pair
+from pbbench.quality.features import WHOLE, Extractor, Progress, build_extractor, extract, extract_reference, patch_cut
+from pbbench.quality.intervals import FEWEST, TOO_FEW, frechet_left_out, interval, kernel_left_out, random_groups
+from pbbench.quality.patches import PATCHES_PER_IMAGE, SMALLEST, patch_size
+from pbbench.quality.weights import MissingWeightsError, Weights, resolve_inception_weights
 
 __all__ = ["METRICS", "SETTINGS", "MissingWeightsError", "Weights", "metric_names", "resolve_inception_weights", "score"]
 
-METRICS = ("fid", "kid", "prc")
+METRICS = ("fid", "kid", "prc", "patch")
+"""Frechet distance, kernel distance, precision and recall, Frechet distance of patches."""
 SETTINGS: dict[str, Any] = {
     "kid_subsets": 100,
     "kid_kernel": "poly",
@@ -38,15 +44,12 @@ SETTINGS: dict[str, Any] = {
 }
 """torch-fidelity's metric settings, stated, so that another version's defaults change nothing."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with (which set, images done, images in all)."""
-
 
 def score(
     samples: Images,
     reference: Images,
     *,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = ("fid", "kid", "prc"),
     extractor: Literal["inception", "random"] = "inception",
     weights: Weights | None = None,
     kid_subset_size: int = 1000,
@@ -58,11 +61,12 @@ def score(
 ) -> dict[str, Any]:
     """Compare two sets of uint8 C, H, W images (C = 3, or 1, which is repeated) of one size.
 
-    Returns the distances under honest names (``metric_names``), ``precision`` and ``recall`` where asked for, and beside them
-    ``extractor``, ``num_images``, ``num_reference_images``, ``seed`` (of KID's subsets), ``kid_subset_size`` (clipped to the
-    smaller set), ``reasons`` (name → why it is None) and ``notes`` (for the reader). ``weights`` None: they are resolved.
-    ``cache`` is a folder that keeps the reference's features. Raises InputError for sets that cannot be compared, unknown
-    metrics, and weights that are absent or foreign.
+    Returns the distances under honest names (``metric_names``), each with its 95% interval [low, high] as ``NAME_interval``,
+    ``precision`` and ``recall`` where asked for, and beside them ``extractor``, ``num_images``, ``num_reference_images``,
+    ``seed`` (of KID's subsets and the intervals' groups), ``kid_subset_size`` (clipped to the smaller set), ``num_patches``
+    and ``patches`` (how they were cut), ``reasons`` (name → why it is None) and ``notes`` (for the reader). ``weights`` None:
+    they are resolved. ``cache`` is a folder that keeps the reference's features. Raises InputError for sets that cannot be
+    compared, unknown metrics, and weights that are absent or foreign.
     """
     unknown = [metric for metric in metrics if metric not in METRICS]
     if unknown or not metrics:
@@ -72,94 +76,120 @@ def score(
         raise InputError(f"images with {shape[0]} channels cannot be scored; the extractors take 3 (or 1, which is repeated)")
     if extractor == "random" and min(shape[1:]) < 8:
         raise InputError(f"images of {shape[1]}×{shape[2]} are too small for the random extractor; it takes 8×8 or more")
-    network, description, kind, identity = _build(extractor, weights, device)
-    features_1 = _features(network, samples, "samples", batch_size, device, progress)
-    key = feature_key(reference, shape, identity, device) if cache else None
-    kept = load_features(cache, key) if cache and key else None
-    features_2 = _features(network, reference, "reference images", batch_size, device, progress) if kept is None else kept
-    if cache and key and kept is None:
-        store_features(cache, key, features_2)
+    built = build_extractor(extractor, weights, device)
+    patches = patch_cut(*shape[1:]) if min(patch_size(*shape[1:])) >= SMALLEST else None
+    cuts = [WHOLE] if set(metrics) - {"patch"} else []
+    cuts += [patches] if patches and "patch" in metrics else []
+    of_samples = extract(built, samples, "samples", cuts, batch_size, progress)
+    of_reference = extract_reference(built, reference, shape, cuts, batch_size, cache, progress)
 
-    smaller = min(len(features_1), len(features_2))
-    frechet, kernel, notes = metric_names(kind, smaller, features_1.shape[1])
-    result: dict[str, Any] = {}
-    reasons: dict[str, str] = {}
-    if "fid" in metrics:
-        result[frechet] = _frechet(features_1, features_2)
-        if result[frechet] is None:
-            reasons[frechet] = "the square root of the covariances' product failed numerically"
-    if "kid" in metrics:
-        size = min(kid_subset_size, smaller)
-        result[f"{kernel}_mean"], result[f"{kernel}_std"] = _kernel(features_1, features_2, size, seed)
-        result["kid_subset_size"] = size
-        if result[f"{kernel}_std"] is None:
-            reasons[f"{kernel}_std"] = "every subset is the whole set"
-        if size < kid_subset_size:
-            notes.append(f"subsets of the kernel distance hold {size} images, not {kid_subset_size}: one set has no more")
-    if "prc" in metrics:
-        result["precision"], result["recall"] = _precision_recall(features_1, features_2)
-        if result["precision"] is None:
-            reasons["precision"] = reasons["recall"] = f"takes more than {SETTINGS['prc_neighborhood']} images in each set"
-    return result | {
-        "extractor": description,
-        "num_images": len(features_1),
-        "num_reference_images": len(features_2),
+    found = Found(random_groups(len(samples), seed))
+    if WHOLE in cuts:
+        _compare(found, of_samples[WHOLE.name], of_reference[WHOLE.name], built, metrics, kid_subset_size, seed)
+    if "patch" in metrics:
+        num_patches = PATCHES_PER_IMAGE * min(len(samples), len(reference))
+        name, _, notes = metric_names(built.kind, num_patches, built.num_features, "patches")
+        found.notes += [note for note in notes if note not in found.notes]
+        if patches:
+            found.groups = found.groups.repeat_interleave(PATCHES_PER_IMAGE)
+            found.add_frechet(name, of_samples[patches.name], of_reference[patches.name])
+            found.values |= {"num_patches": PATCHES_PER_IMAGE * len(samples), "patches": patches.name}
+        else:
+            found.values[name], found.reasons[name] = None, f"patches would be smaller than {SMALLEST}×{SMALLEST} pixels"
+    return found.values | {
+        "extractor": built.description,
+        "num_images": len(samples),
+        "num_reference_images": len(reference),
         "seed": seed,
-        "reasons": reasons,
-        "notes": notes,
+        "reasons": found.reasons,
+        "notes": found.notes,
     }
 
 
-def metric_names(kind: str, num_images: int, num_features: int) -> tuple[str, str, list[str]]:
+def _compare(
+    found: Found,
+    features_1: Tensor,
+    features_2: Tensor,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    kid_subset_size: int,
+    seed: int,
+) -> None:
+    """The metrics of whole images."""
+    smaller = min(len(features_1), len(features_2))
+    frechet, kernel, notes = metric_names(extractor.kind, smaller, extractor.num_features)
+    found.notes += notes
+    if "fid" in metrics:
+        found.add_frechet(frechet, features_1, features_2)
+    if "kid" in metrics:
+        size = min(kid_subset_size, smaller)
+        found.add_kernel(kernel, features_1, features_2, size, seed)
+        if size < kid_subset_size:
+            found.notes.append(f"subsets of the kernel distance hold {size} images, not {kid_subset_size}: one set has no more")
+    if "prc" in metrics:
+        found.values["precision"], found.values["recall"] = _precision_recall(features_1, features_2)
+        if found.values["precision"] is None:
+            why = f"takes more than {SETTINGS['prc_neighborhood']} images in each set"
+            found.reasons["precision"] = found.reasons["recall"] = why
+
+
+@dataclass
+class Found:
+    """Figures as they are found, with the reasons for those that are None."""
+
+    groups: Tensor
+    """The group of each row of the samples' features, for the intervals."""
+    values: dict[str, Any] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add_frechet(self, name: str, features_1: Tensor, features_2: Tensor) -> None:
+        self.values[name] = distance = _frechet(features_1, features_2)
+        self.values[f"{name}_interval"] = None
+        if distance is None:
+            self.reasons[name] = "the square root of the covariances' product failed numerically"
+            self.reasons[f"{name}_interval"] = "there is no distance"
+        elif self._enough(f"{name}_interval"):
+            low, high = interval(distance, frechet_left_out(features_1, features_2, self.groups))
+            self.values[f"{name}_interval"] = [max(low, 0.0), high]
+
+    def add_kernel(self, name: str, features_1: Tensor, features_2: Tensor, subset_size: int, seed: int) -> None:
+        mean, spread = _kernel(features_1, features_2, subset_size, seed)
+        self.values |= {f"{name}_mean": mean, f"{name}_std": spread, f"{name}_mean_interval": None}
+        self.values["kid_subset_size"] = subset_size
+        if spread is None:
+            self.reasons[f"{name}_std"] = "every subset is the whole set"
+        if self._enough(f"{name}_mean_interval"):
+            of_subsets = (spread or 0.0) ** 2 / SETTINGS["kid_subsets"]  # that another choice of subsets would make
+            left_out = kernel_left_out(features_1, features_2, self.groups)
+            self.values[f"{name}_mean_interval"] = interval(mean, left_out, of_subsets)
+
+    def _enough(self, name: str) -> bool:
+        enough = len(self.groups) >= FEWEST
+        if not enough:
+            self.reasons[name] = TOO_FEW
+        return enough
+
+
+def metric_names(kind: str, num_rows: int, num_features: int, of: str = "images") -> tuple[str, str, list[str]]:
     """(name of the Frechet distance, name of the kernel distance without ``_mean``, notes for the reader).
 
-    ``kind`` is published, unverified (the weights file is another) or random; ``num_images`` counts the smaller set. With no
-    more images than features their covariance is singular and the Frechet distance biased upward, so it is not called FID; the
-    kernel distance is unbiased at any number.
+    ``kind`` is published, unverified (the weights file is another) or random; ``num_rows`` counts the smaller set's images or
+    patches. With no more of them than features their covariance is singular and the Frechet distance biased upward, so it is
+    not called FID; the kernel distance is unbiased at any number.
     """
-    few = num_images <= num_features
-    notes = [f"{num_images} images for {num_features} features: the Frechet distance is biased upward"] if few else []
+    few = num_rows <= num_features
+    notes = [f"{num_rows} {of} for {num_features} features: the Frechet distance is biased upward"] if few else []
+    kernel = "kernel_inception_distance"
     if kind == "random":
         notes.append("random features, not FID: compare only figures of this extractor, image size and number of images")
-        return "random_features_frechet_distance", "random_features_kernel_distance", notes
-    if kind == "unverified":
+        frechet, kernel = "random_features_frechet_distance", "random_features_kernel_distance"
+    elif kind == "unverified":
         notes.append("the weights are not the published Inception weights: this is not FID")
-        return "unverified_inception_frechet_distance", "unverified_inception_kernel_distance", notes
-    frechet = "few_images_inception_frechet_distance" if few else "frechet_inception_distance"
-    return frechet, "kernel_inception_distance", notes
-
-
-def _build(extractor: str, weights: Weights | None, device: torch.device | str) -> tuple[Any, str, str, str]:
-    """(network on the device, its description, published | unverified | random, what identifies it in the cache)."""
-    if extractor == "random":
-        from pbbench.quality.extractors import LAYER, NUM_FEATURES, RANDOM_FEATURES, RandomFeatures
-
-        network: Any = RandomFeatures(RANDOM_FEATURES, [LAYER]).eval().to(device)
-        description = f"{RANDOM_FEATURES}, {NUM_FEATURES} features, float32"
-        return network, description, "random", description
-    weights = weights or resolve_inception_weights()
-    network = build_inception(weights).to(device)
-    precision = str(next(network.parameters()).dtype).removeprefix("torch.")  # read off: asking for float64 gives float32
-    description = f"{INCEPTION}, 2048 features, {precision}, weights sha256 {weights.sha256[:8]}"
-    kind = "published" if weights.published else "unverified"
-    return network, description, kind, f"{description}: {weights.sha256}"
-
-
-@torch.no_grad()
-def _features(
-    network: Any, images: Images, name: str, batch_size: int, device: torch.device | str, progress: Progress | None
-) -> Tensor:
-    """float32 images × features on the CPU. TF32 is off: it would make the figure depend on the GPU's generation."""
-    found: list[Tensor] = []
-    done = 0
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        for batch in batches(images, batch_size, name):
-            rgb = batch.to(device).expand(-1, 3, -1, -1)  # N 3 H W: of a grey image the one channel three times
-            found.append(network(rgb)[0].cpu())
-            done += len(batch)
-            if progress:
-                progress(name, done, len(images))
-    return torch.cat(found)
+        frechet, kernel = "unverified_inception_frechet_distance", "unverified_inception_kernel_distance"
+    else:
+        frechet = "few_images_inception_frechet_distance" if few else "frechet_inception_distance"
+    return frechet.replace("frechet", "patch_frechet") if of == "patches" else frechet, kernel, notes
 
 
 # Heusel et al. 2017, equation 6

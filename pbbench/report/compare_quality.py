@@ -37,6 +37,8 @@ class QualityChange:
     reason: str
     """Why it is not comparable."""
     status: tuple[str, str]
+    num_images: tuple[int, ...]
+    """How many samples the figure rests on, in either run."""
     worse_status: str
     """The gate's line where B failed and A did not; on the first figure of a cell only."""
 
@@ -80,6 +82,7 @@ def _changes(settings: dict[str, Any], a: Sequence[CellResult], b: Sequence[Cell
     failed = [sum(cell.status != "ok" for cell in cells) / len(cells) for cells in (a, b)]
     worse = f"{a[0].id}: {statuses[0]} in A, {statuses[1]} in B" if failed[1] > failed[0] else ""
     status = (statuses[0], statuses[1])
+    counts = tuple(sorted({row.num_images for row in _rows([*a, *b]) if row.num_images is not None}))
     found: list[QualityChange] = []
     for column in FIGURES:
         values = [_values(cells, column) for cells in (a, b)]
@@ -88,10 +91,11 @@ def _changes(settings: dict[str, Any], a: Sequence[CellResult], b: Sequence[Cell
         medians = (statistics.median(values[0]), statistics.median(values[1]))
         reason = _incomparable(column, a, b)
         verdict = "not comparable" if reason else _verdict(column, *values)
-        found.append(QualityChange(a[0].id, settings, column, medians, verdict, reason, status, "" if found else worse))
+        told = QualityChange(a[0].id, settings, column, medians, verdict, reason, status, counts, "" if found else worse)
+        found.append(told)
     if not found:
         why = "the runs share no quality figure" if not any(failed) else "a training or its scoring failed"
-        return [QualityChange(a[0].id, settings, None, (None, None), "not comparable", why, status, worse)]
+        return [QualityChange(a[0].id, settings, None, (None, None), "not comparable", why, status, counts, worse)]
     return found
 
 
@@ -108,6 +112,8 @@ def _incomparable(column: str, a: Sequence[CellResult], b: Sequence[CellResult])
         asked["the extractors"] = [{row.extractor for row in _rows(cells)} for cells in (a, b)]
         asked["the numbers of images scored"] = [{row.num_images for row in _rows(cells)} for cells in (a, b)]
         asked["the numbers of reference images"] = [{c.details.get("num_reference_images") for c in cells} for cells in (a, b)]
+    if "patch" in column:
+        asked["the patches"] = [{(c.details.get("metrics") or {}).get("patches") for c in cells} for cells in (a, b)]
     if column == "held_out_loss":
         asked["the numbers of held-out images"] = [{c.details.get("num_held_out") for c in cells} for cells in (a, b)]
     if "kernel" in column:

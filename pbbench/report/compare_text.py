@@ -8,7 +8,8 @@ import pandas as pd
 
 from pbbench.report.compare import GATED, VARIED, Comparison, StepChange
 from pbbench.report.compare_quality import QualityChange
-from pbbench.report.layout import quality_label, settings_columns
+from pbbench.report.layout import settings_columns
+from pbbench.report.names import quality_label
 from pbbench.report.sheet import (
     UNKNOWN,
     Column,
@@ -158,7 +159,7 @@ def _quality_sheet(comparison: Comparison) -> Sheet | None:
         return None
     columns = [
         Column(("d",), [whole(c.settings["patch_divider"]) for c in rows]),
-        Column(("figure",), [quality_label(c.column) if c.column else UNKNOWN for c in rows], numeric=False),
+        Column(("figure",), [quality_label(c.column, c.num_images) if c.column else UNKNOWN for c in rows], numeric=False),
         Column(("A",), [number(c.values[0]) for c in rows]),
         Column(("B",), [number(c.values[1]) for c in rows]),
         Column(("verdict",), [c.verdict + (f": {c.reason}" if c.reason else "") for c in rows], numeric=False),

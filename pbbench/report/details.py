@@ -11,7 +11,8 @@ import pandas as pd
 
 from pbbench.records import CellResult, format_bytes
 from pbbench.report import missing, tables
-from pbbench.report.layout import quality_header, quality_label, settings_columns
+from pbbench.report.layout import settings_columns, spread
+from pbbench.report.names import quality_header, quality_label
 from pbbench.report.sheet import UNKNOWN, Column, Sheet, number, percent, whole
 
 
@@ -20,13 +21,21 @@ def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
     scored = sorted((c for c in cells if c.kind == "quality"), key=lambda c: (tables.axis(c, "patch_divider") or 0, c.id))
     if not scored:
         return None
-    scores = tables.quality(cells)
+    scores, ranges = tables.quality(cells), tables.intervals(cells)
+    rows = [next((r for r in c.rows if r.phase == "quality"), None) for c in scored]
+    counts = [r.num_images for r in rows if r]
+    dividers = [tables.axis(c, "patch_divider") or 0 for c in scored]
     columns = [Column(("d",), [whole(tables.axis(c, "patch_divider")) for c in scored])]
+    notes = []
     for name in tables.quality_names(scores):
         if name not in ("num_images", "images_seen"):
-            texts = [number(scores.get(tables.axis(c, "patch_divider") or 0, {}).get(name)) for c in scored]
-            columns.append(Column(quality_header(name), texts, title=quality_label(name)))
-    rows = [next((r for r in c.rows if r.phase == "quality"), None) for c in scored]
+            texts = [_with_interval(scores.get(d, {}).get(name), ranges.get(d, {}).get(name)) for d in dividers]
+            columns.append(Column(quality_header(name, counts), texts, title=quality_label(name, counts)))
+    if any(ranges.values()):
+        notes.append(
+            "In brackets the 95% interval over the draw of samples (grouped jackknife); the reference images are taken as "
+            "fixed, and what another training would change is not in it."
+        )
     columns.append(Column(("images scored",), [whole(r.num_images if r else None) for r in rows]))
     columns.append(Column(("reference images",), [whole(c.details.get("num_reference_images")) for c in scored]))
     columns.append(Column(("training images seen",), [whole(r.images_seen if r else None) for r in rows]))
@@ -40,7 +49,11 @@ def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
         if any(c.details.get(name) is not None for c in scored):
             columns.append(Column((header,), [number(c.details.get(name)) for c in scored]))
     columns.append(Column(("status",), [c.status.replace("_", " ") for c in scored], numeric=False))
-    return Sheet("Quality of each divider", columns)
+    return Sheet("Quality of each divider", columns, notes)
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    return number(value) if interval is None else spread(number(value), number(interval[0]), number(interval[1]))
 
 
 def bands_sheet(cells: Sequence[CellResult]) -> Sheet | None:

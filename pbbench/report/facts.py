@@ -11,6 +11,7 @@ from typing import Any
 from pbbench.records import CellResult, format_bytes
 from pbbench.report import missing, tables
 from pbbench.report.layout import fixed_settings, passes_in_words
+from pbbench.report.names import tag
 from pbbench.report.sheet import percent, whole
 
 READING = (
@@ -115,7 +116,15 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
         )
     counts = sorted({s["num_images"] for s in scores.values() if "num_images" in s})
     if "frechet_inception_distance" in names and counts and counts[0] < 10_000:
-        said.append(f"FID on {whole(counts[0])} images lies above what more would give; compare it only with FID on as many.")
+        said.append(f"FID{tag(counts)} lies above what more images would give; compare it only with FID of as many.")
+    if any(tables.intervals(cells).values()):
+        said.append(
+            "95% intervals are over the draw of samples alone: how far the figure would move if the same model drew as many "
+            "others. They leave out the bias of so many images and the difference another training makes."
+        )
+    patches = sorted({str((c.details.get("metrics") or {}).get("patches")) for c in scored} - {"None"})
+    if patches:
+        said.append(f"Patch distances are between {'; '.join(patches)}, at the images' own pixels, the same for every divider.")
     seen = sorted({s["images_seen"] for s in scores.values() if "images_seen" in s})
     if seen:
         each = f"{whole(seen[0])}" if len(seen) == 1 else f"{whole(seen[0])} to {whole(seen[-1])}"

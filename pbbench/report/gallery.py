@@ -14,8 +14,9 @@ from matplotlib.image import imread
 
 from pbbench.records import CellResult
 from pbbench.report import plots, tables
-from pbbench.report.layout import fixed_settings, quality_label
-from pbbench.report.sheet import number, whole
+from pbbench.report.layout import fixed_settings
+from pbbench.report.names import quality_label, tag
+from pbbench.report.sheet import number
 from pbbench.report.style import FULL_WIDTH, new_figure, styled
 from pbbench.report.timelines import live_bytes_over_a_step, representative
 
@@ -44,9 +45,10 @@ def pictures(cells: Sequence[CellResult], run: Path) -> tuple[list[Picture], lis
         own_parts = parts[_same(parts, settings)]
         said = fixed_settings(own)
         if column:
+            named = quality_label(column, tables.sample_counts(own))
             caption = (
                 f"Memory against quality: peak of a warm training step and of a warm sampling step by {meter}, {said}; "
-                f"quality as {quality_label(column)}. Smaller is better on both axes; the dark points on the dashed line are "
+                f"quality as {named}. Smaller is better on both axes; the dark points on the dashed line are "
                 "beaten by no other. A divider is trained once: every way to pass its patches has its quality."
             )
             _keep(found, f"memory_quality{suffix}", "Memory against quality", caption, plots.memory_against_quality(own))
@@ -112,6 +114,7 @@ def _samples(cells: Sequence[CellResult], run: Path, frame: pd.DataFrame) -> tup
     grids: dict[str, Path] = {}
     notes: list[str] = []
     column = tables.distance_column(frame)
+    counts = tables.sample_counts(frame)
     scores = tables.quality(cells)
     for cell in sorted((c for c in cells if c.kind == "quality"), key=lambda c: (tables.axis(c, "patch_divider") or 0, c.id)):
         divider = tables.axis(cell, "patch_divider")
@@ -124,23 +127,22 @@ def _samples(cells: Sequence[CellResult], run: Path, frame: pd.DataFrame) -> tup
             notes.append(f"Samples at d = {divider}: {grid} cannot be read as an image.")
         else:
             score = scores.get(divider, {}).get(column or "")
-            grids[f"d = {divider}" + (f"   ({_brief(column)} {number(score)})" if column and score is not None else "")] = path
+            figure = f"   ({_brief(column, counts)} {number(score)})" if column and score is not None else ""
+            grids[f"d = {divider}{figure}"] = path
     if not grids:
         return [], [*notes, "Samples: there is no grid of samples to show."]
     reference = run / "samples" / "reference.png"
     shown = reference if reference.is_file() and _is_image(reference) else None
     if shown is None:
         notes.append("Reference images: samples/reference.png is not there or cannot be read.")
-    counts = {tables.quality(cells).get(d, {}).get("num_images") for d in scores} - {None}
-    scored = f", scored on {'/'.join(whole(c) for c in sorted(counts))} images" if counts else ""  # type: ignore[type-var]
-    named = f"; in brackets its {quality_label(column)}{scored}" if column else ""
+    named = f"; in brackets its {quality_label(column, counts)}" if column else ""
     caption = f"Samples, not picked: the first images of each divider, from the same noise{named}."
-    figure = sample_grids(grids, shown)
-    return [Picture("samples", "Samples", caption, figure)] if figure else [], notes
+    drawn = sample_grids(grids, shown)
+    return [Picture("samples", "Samples", caption, drawn)] if drawn else [], notes
 
 
-def _brief(column: str | None) -> str:
-    return {"frechet_inception_distance": "FID", "held_out_loss": "loss"}.get(column or "", "distance")
+def _brief(column: str, num_images: Sequence[float]) -> str:
+    return {"frechet_inception_distance": f"FID{tag(num_images)}", "held_out_loss": "loss"}.get(column, "distance")
 
 
 def _is_image(path: Path) -> bool:

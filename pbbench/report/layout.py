@@ -8,24 +8,9 @@ import pandas as pd
 
 from pbbench.records import CATEGORIES, CellResult
 from pbbench.report import tables
+from pbbench.report.names import quality_header, quality_label
 from pbbench.report.sheet import UNKNOWN, Column, Sheet, byte_unit, in_unit, number, percent, whole
 
-# Column → header lines, for the quality figures. A distance that is not FID never carries that name.
-QUALITY_HEADERS = {
-    "frechet_inception_distance": ("FID",),
-    "few_images_inception_frechet_distance": ("Fréchet,", "too few", "images"),
-    "unverified_inception_frechet_distance": ("Fréchet,", "unverified", "Inception"),
-    "random_features_frechet_distance": ("Fréchet,", "random", "features"),
-    "kernel_inception_distance_mean": ("KID",),
-    "unverified_inception_kernel_distance_mean": ("kernel,", "unverified", "Inception"),
-    "random_features_kernel_distance_mean": ("kernel,", "random", "features"),
-    "precision": ("preci-", "sion"),
-    "recall": ("recall",),
-    "seam_score": ("seam", "score"),
-    "held_out_loss": ("held-out", "loss"),
-    "num_images": ("images", "scored"),
-    "images_seen": ("images", "trained on"),
-}
 CATEGORY_NAMES = {
     "parameter": "weights",
     "gradient": "gradients",
@@ -37,8 +22,8 @@ CATEGORY_NAMES = {
 }
 
 
-def _spread(text: str, low: str, high: str) -> str:
-    """A median with its range, the range left out where it rounds away."""
+def spread(text: str, low: str, high: str) -> str:
+    """A figure with its range, the range left out where it rounds away."""
     return text if low == high else f"{text} ({low}–{high})"
 
 
@@ -48,7 +33,7 @@ def _bytes_column(
     texts = [in_unit(v, *unit) for v in frame[name]]
     if f"{name}_min" in frame:
         ends = zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
-        texts = [_spread(t, in_unit(a, *unit), in_unit(b, *unit)) for t, (a, b) in zip(texts, ends, strict=True)]
+        texts = [spread(t, in_unit(a, *unit), in_unit(b, *unit)) for t, (a, b) in zip(texts, ends, strict=True)]
     return Column((*header, unit[0]), texts, rank=rank, title=f"{title or ' '.join(header)} ({unit[0]})")
 
 
@@ -56,7 +41,7 @@ def _rate_column(header: tuple[str, ...], frame: pd.DataFrame, name: str, rank: 
     texts = [number(v) for v in frame[name]]
     if f"{name}_min" in frame:
         ends = zip(frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
-        texts = [_spread(t, number(a), number(b)) for t, (a, b) in zip(texts, ends, strict=True)]
+        texts = [spread(t, number(a), number(b)) for t, (a, b) in zip(texts, ends, strict=True)]
     return Column((*header, "img/s"), texts, rank=rank, title=f"{header[0]} (images/s)")
 
 
@@ -89,25 +74,6 @@ def fixed_settings(frame: pd.DataFrame) -> str:
     return ", ".join(parts)
 
 
-def quality_header(name: str) -> tuple[str, ...]:
-    return QUALITY_HEADERS[name]
-
-
-def quality_label(name: str) -> str:
-    """The quality figure in words, for axes and captions."""
-    words = {
-        "frechet_inception_distance": "FID",
-        "few_images_inception_frechet_distance": "Fréchet distance, too few images (not FID)",
-        "unverified_inception_frechet_distance": "Fréchet distance, unverified Inception weights (not FID)",
-        "random_features_frechet_distance": "Fréchet distance, random features (not FID)",
-        "kernel_inception_distance_mean": "KID",
-        "unverified_inception_kernel_distance_mean": "kernel distance, unverified Inception weights (not KID)",
-        "random_features_kernel_distance_mean": "kernel distance, random features (not KID)",
-        "held_out_loss": "held-out denoising loss",
-    }
-    return words.get(name, name.replace("_", " "))
-
-
 def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
     """The trade-off, one line per configuration."""
     frame = tables.tradeoff(cells)
@@ -130,13 +96,15 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
             texts = [number(v) for v in frame[f"{short}_joules_per_image"]]
             columns.append(Column((short, "J/img"), texts, rank=5, title=f"{short} energy of the GPU (J/image)"))
     main = tables.distance_column(frame)
+    counts = tables.sample_counts(frame)
     for name in dict.fromkeys(
         (main or "held_out_loss", "seam_score", "held_out_loss")
     ):  # the rest stand in quality's own table
         if name not in frame:
             continue
         rank = 0 if name == main else 3
-        columns.append(Column(quality_header(name), [number(v) for v in frame[name]], rank=rank, title=quality_label(name)))
+        header, title = quality_header(name, counts), quality_label(name, counts)
+        columns.append(Column(header, [number(v) for v in frame[name]], rank=rank, title=title))
     columns.append(Column(("status",), [s.replace("_", " ") for s in frame["status"]], numeric=False))
     notes = [f"Peaks: {meter}, warm step." + (f" {fixed_settings(frame).capitalize()}." if fixed_settings(frame) else "")]
     for short in tables.STEPS:
@@ -145,9 +113,7 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
     if (frame["repeats"] > 1).any():
         notes.append("Median over repeats (least–most).")
     if main:
-        counts = sorted(frame["num_images"].dropna().unique()) if "num_images" in frame else []
-        scored_on = f", {'/'.join(whole(c) for c in counts)} images scored" if counts else ""
-        notes.append(f"Quality: {quality_label(main)}{scored_on}; lower is better.")
+        notes.append(f"Quality: {quality_label(main, counts)}; lower is better.")
     varied = tables.unsteadiness(cells)
     if varied > 1.5:
         notes.append(f"Speeds are rough: steps of the same cell took up to {varied:.1f} times as long as its fastest.")

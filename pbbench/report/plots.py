@@ -19,8 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from pbbench.records import CATEGORIES
-from pbbench.report.layout import CATEGORY_NAMES, quality_label
-from pbbench.report.sheet import in_unit, whole
+from pbbench.report.layout import CATEGORY_NAMES
+from pbbench.report.names import quality_label
+from pbbench.report.sheet import in_unit
 from pbbench.report.style import (
     COLUMN_WIDTH,
     FILLS,
@@ -35,7 +36,7 @@ from pbbench.report.style import (
     shared_unit,
     styled,
 )
-from pbbench.report.tables import METERS, STEPS, distance_column
+from pbbench.report.tables import METERS, STEPS, distance_column, sample_counts
 
 STEP_NAMES = {"train": "training", "sample": "sampling"}
 DASHED: Any = (0, (4, 2))
@@ -134,14 +135,14 @@ def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -
 
 
 def _quality_axis(frame: pd.DataFrame, column: str) -> str:
-    counts = sorted(frame["num_images"].dropna().unique()) if "num_images" in frame and column != "held_out_loss" else []
-    images = f"{'/'.join(whole(c) for c in counts)} images; " if counts else ""
-    return "\n".join([*textwrap.wrap(quality_label(column), 32), f"({images}lower is better)"])
+    told = "lower is better; bars: 95%" if f"{column}_low" in frame else "lower is better"
+    return "\n".join([*textwrap.wrap(quality_label(column, sample_counts(frame)), 36), f"({told})"])
 
 
 @styled
 def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
-    """``tables.tradeoff`` as points, training and sampling side by side, with the configurations no other beats joined."""
+    """``tables.tradeoff`` as points, training and sampling side by side, with the configurations no other beats joined and
+    bars for the 95% intervals of the quality figure, where it has them."""
     column = distance_column(frame)
     drawn = _panels(frame, dict.fromkeys(STEPS, column), sharey=True) if column else None
     if column is None or drawn is None:
@@ -156,7 +157,15 @@ def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
         panel.axes.plot(*zip(*corners, strict=True), color=STRONG, linestyle=DASHED, linewidth=0.8)
         panel.joins.append(corners)
         _draw_points(panel, dividers, [STRONG if i in front else WEAK for i in range(len(panel.points))])
-    scale_axis(panels[0].axes.yaxis, [y for panel in panels for y in panel.ys], zero=False)
+        if f"{column}_low" in panel.lines:
+            ends = list(zip(panel.xs, panel.lines[f"{column}_low"], panel.lines[f"{column}_high"], strict=True))
+            bars = [[(x, low), (x, high)] for x, low, high in ends if not math.isnan(low)]
+            panel.axes.vlines(*zip(*[(x, a, b) for (x, a), (_, b) in bars], strict=True), color=WEAK, linewidth=0.7, zorder=2)
+            panel.joins += bars
+    shown = [y for panel in panels for y in panel.ys]
+    lowest = min(shown) / 2  # an interval that reaches down to 0 is cut, so that it does not press the points together
+    shown += [max(y, lowest) for panel in panels for join in panel.joins for _, y in join]
+    scale_axis(panels[0].axes.yaxis, shown, zero=False)
     panels[0].axes.set_ylabel(_quality_axis(frame, column))
     label = "Pareto front (its points dark)"
     return _finish(figure, panels, [Line2D([], [], color=STRONG, linestyle=DASHED, linewidth=0.8, label=label)])

@@ -34,6 +34,10 @@ DISTANCES = (
     "kernel_inception_distance_mean",
     "unverified_inception_kernel_distance_mean",
     "random_features_kernel_distance_mean",
+    "patch_frechet_inception_distance",
+    "few_images_inception_patch_frechet_distance",
+    "unverified_inception_patch_frechet_distance",
+    "random_features_patch_frechet_distance",
 )
 QUALITY = (*DISTANCES, "precision", "recall", "seam_score", "held_out_loss", "num_images", "images_seen")
 
@@ -130,6 +134,24 @@ def quality(cells: Iterable[CellResult]) -> dict[int, dict[str, float]]:
     return {d: {name: median(values) for name, values in named.items()} for d, named in found.items()}
 
 
+def sample_counts(frame: pd.DataFrame) -> list[float]:
+    """The numbers of images that a trade-off's scores rest on."""
+    return sorted(frame["num_images"].dropna().unique()) if "num_images" in frame else []
+
+
+def intervals(cells: Iterable[CellResult]) -> dict[int, dict[str, tuple[float, float]]]:
+    """Divider → its figures' 95% intervals over the draw of samples; of dividers trained once: between several trainings that
+    is the smaller part of the spread."""
+    found: dict[int, list[dict[str, tuple[float, float]]]] = {}
+    for cell in cells:
+        divider = axis(cell, "patch_divider")
+        if cell.kind == "quality" and cell.status == "ok" and divider is not None:
+            metrics = cell.details.get("metrics") or {}
+            given = {name: finite(metrics.get(f"{name}_interval") or ()) for name in (*DISTANCES, "seam_score")}
+            found.setdefault(divider, []).append({name: (v[0], v[1]) for name, v in given.items() if len(v) == 2})
+    return {divider: own[0] for divider, own in found.items() if len(own) == 1}
+
+
 def distance_column(frame: pd.DataFrame) -> str | None:
     """The column that ranks quality (lower is better): the best distance there is, else the held-out loss."""
     return next((c for c in (*DISTANCES, "held_out_loss") if c in frame and frame[c].notna().any()), None)
@@ -152,12 +174,13 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     Bytes as floats (NaN: unknown); ``*_change`` is the signed fraction against d = 1, all patches, at the same batch size and
     precision; ``*_prediction_error`` the signed fraction predicted / measured − 1. Where a configuration was repeated the
     figure is the median and ``*_min``, ``*_max`` stand beside it. Columns of quality, of prediction errors and of
-    ``*_joules_per_image`` only where some line has them.
+    ``*_joules_per_image`` only where some line has them; ``*_low`` and ``*_high`` are a distance's 95% interval.
     ``frame.attrs["memory_column"]`` names the meter behind the peaks.
     """
     cells = list(cells)
     column = memory_column(cells)
-    groups, scores = configurations(cells), quality(cells)
+    groups, scores, ranges = configurations(cells), quality(cells), intervals(cells)
+    ranged = {name for own in ranges.values() for name in own}
     judged = {axis(c, "patch_divider"): c for c in cells if c.kind == "quality"}
     seen = {settings["patch_divider"] for settings, _ in groups}
     groups += [({"patch_divider": divider}, []) for divider in sorted({d for d in judged if d} - seen)]
@@ -178,7 +201,10 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
             measured, predicted = (median(step_values(members, phase, f"{k}_allocated_bytes")) for k in ("peak", "predicted"))
             line[f"{short}_prediction_error"] = predicted / measured - 1 if measured else math.nan
             line[f"{short}_joules_per_image"] = median(step_values(members, phase, "joules_per_image"))
-        line |= {name: scores.get(d or 0, {}).get(name, math.nan) for name in quality_names(scores)}
+        for name in quality_names(scores):
+            line[name] = scores.get(d or 0, {}).get(name, math.nan)
+            if name in ranged:
+                line[f"{name}_low"], line[f"{name}_high"] = ranges.get(d or 0, {}).get(name, (math.nan, math.nan))
         failed = [text for text in (_status(members), _status([judged[d]] if d in judged else [])) if text != "ok"]
         line["status"] = "; ".join(failed) or "ok"
         lines.append(line)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from pbbench.records import CellResult, format_bytes
+from pbbench.report.names import DISTANCE_WORDS, quality_label
 from pbbench.sweep.grid import Cell
 
 WORDS = {
@@ -127,8 +128,8 @@ def _summary(result: CellResult) -> str:
         if row.temperature == "warm" and row.phase in ("sample_step", "train_step"):
             parts.append(f"{row.phase.removesuffix('_step')} {format_bytes(peak)}, {row.images_per_second or 0:.3g} images/s")
         if row.phase == "quality":
-            named = ("frechet_inception_distance", "random_features_frechet_distance")
-            parts += [f"{name} {getattr(row, name):.3f}" for name in named if getattr(row, name) is not None]
+            given = [name for name in DISTANCE_WORDS if getattr(row, name, None) is not None]
+            parts += [f"{quality_label(name, [row.num_images])} {getattr(row, name):.3f}" for name in given]
     return "; ".join(parts)
 
 

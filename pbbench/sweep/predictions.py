@@ -25,7 +25,7 @@ def forecast_table(experiment: Experiment, cells: Sequence[Cell], calibration: C
     table = _table("Predicted peaks", experiment)
     table.add_column("cell", no_wrap=True)
     for step in ("sample", "train"):
-        for name in ("live", "acti-\nvations", "reserved"):
+        for name in ("live", "activ.", "reserved"):
             table.add_column(f"{step}\n{name}", justify="right", no_wrap=True)
     for cell in cells:
         if cell.kind == "measure":
@@ -103,8 +103,8 @@ def search_table(experiment: Experiment, found: dict[str, Any]) -> Table:
         table.add_row(f"{line['patch_divider']}{mark}", *texts, *ends)
     section: Any = experiment.training if found["step"] == "train_step" else experiment.sampling
     table.caption = (
-        f"Left: the fastest setting for batch {batch}, by an estimate of the time that only ranks (pbbench sweep measures); –: none "
-        "fits. Needs: predicted reserved bytes of a warm step. Largest batch: with patch_batch_size = "
+        f"Left: the fastest setting for batch {batch}, by an estimate of the time that only ranks (pbbench sweep measures); "
+        "–: none fits. Needs: predicted reserved bytes of a warm step. Largest batch: with patch_batch_size = "
         f"{section.patch_batch_size}, as the experiment has it. "
         + ("* least estimated time. " if len(found["dividers"]) > 1 else "")
         + found["calibration"]

@@ -25,7 +25,7 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
 
     from pbbench.model.diffusion import Diffusion
     from pbbench.training.checkpoint import load_model
-    from pbbench.training.generate import generate
+    from pbbench.training.generate import generate, save_images
     from pbbench.training.grid import write_grid
     from pbbench.training.heldout import training_and_held_out
 
@@ -48,6 +48,8 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     seconds = {"sample_seconds": time.perf_counter() - started}
     grid = f"samples/{cell.id}.png"
     write_grid(run / grid, torch.stack(samples[:GRID_IMAGES]))
+    if experiment.quality.save_samples:
+        save_images(samples, run / "samples" / cell.id)
     if experiment.quality.reference_grid:
         write_grid(run / "samples" / "reference.png", reference.batch(range(min(GRID_IMAGES, len(reference)))))
 
@@ -97,7 +99,7 @@ def _score(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Scores under their honest names, the seam score, and why the others are null."""
     from pbbench.quality.fid import MissingWeightsError, resolve_inception_weights, score
-    from pbbench.quality.seams import seam_score
+    from pbbench.quality.seams import seam_score, seam_score_interval
 
     quality = experiment.quality
     reasons: dict[str, str] = {}
@@ -105,7 +107,8 @@ def _score(
         weights = resolve_inception_weights(quality.inception_weights)
     except MissingWeightsError as error:
         weights = None
-        reasons["frechet_inception_distance"] = reasons["kernel_inception_distance_mean"] = f"no Inception weights: {error}"
+        named = ("frechet_inception_distance", "kernel_inception_distance_mean", "patch_frechet_inception_distance")
+        reasons |= dict.fromkeys(named, f"no Inception weights: {error}")
     scores = score(
         samples,
         reference,
@@ -120,6 +123,9 @@ def _score(
     )
     try:
         scores["seam_score"] = seam_score(samples, reference, cell.patch_divider)
+        scores["seam_score_interval"] = seam_score_interval(
+            samples, reference, cell.patch_divider, seed=experiment.sampling.seed
+        )
         if scores["seam_score"] is None:
             reasons["seam_score"] = "undefined without patch borders (d = 1)"
     except InputError as error:  # flat samples, or patches of one pixel

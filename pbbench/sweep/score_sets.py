@@ -1,4 +1,9 @@
-"""``pbbench fid``: scores of two sets of images, each a folder, a zip, the built-in scenes or a checkpoint's samples."""
+"""``pbbench fid``: scores of two sets of images, each a folder, a zip, the built-in scenes or a checkpoint's samples.
+
+Files are read in the order of their paths and KID's subsets are drawn from torch-fidelity's own seed, so that the figures are
+those of its command line on the same folders to the last digit: the order decides which images a subset holds, and how the
+sums are rounded.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,13 @@ from typing import Any
 
 from pbbench.config import QualityConfig, parse_experiment
 from pbbench.errors import InputError
+from pbbench.report.names import DISTANCE_WORDS, quality_label
 
 METRICS = ("fid", "kid", "prc")
+"""What is computed where nothing is asked for; "patch" takes four more passes of the extractor an image."""
+KNOWN = (*METRICS, "patch")
+SEED = 2020
+"""The default of torch-fidelity's command line (tests compare them)."""
 
 
 def score_sets(
@@ -28,9 +38,9 @@ def score_sets(
     Raises InputError where a set is absent or empty, a metric is unknown, or the Inception weights cannot be had: that first,
     so that a missing download is told in seconds and not after the images are read.
     """
-    unknown = [name for name in metrics if name not in METRICS]
+    unknown = [name for name in metrics if name not in KNOWN]
     if unknown:
-        raise InputError(f"--metrics: {unknown[0]!r} is not known; choose from {', '.join(METRICS)}")
+        raise InputError(f"--metrics: {unknown[0]!r} is not known; choose from {', '.join(KNOWN)}")
     for name in (samples, reference):
         if name != "synthetic" and not Path(name).exists():
             raise InputError(f"{name} does not exist; give a folder of images, a zip, a checkpoint folder, or synthetic")
@@ -51,8 +61,40 @@ def score_sets(
         kid_subset_size=settings.kid_subset_size,
         batch_size=settings.batch_size,
         device=device,
+        seed=SEED,
     )
     return {**scores, "image_size": f"{size[0]}×{size[1]}", "samples": first_name, "reference": second_name}
+
+
+def lines(scores: dict[str, Any]) -> list[str]:
+    """The scores for a terminal: figures under the names they are cited by, with their intervals, then what they rest on."""
+    shown: list[tuple[str, str]] = []
+    for name, value in scores.items():
+        if name.endswith("_interval") or name in ("reasons", "notes"):
+            continue
+        label = quality_label(name, [scores["num_images"]]) if name in DISTANCE_WORDS else name.replace("_", " ")
+        text = f"{value:.6g}" if isinstance(value, float) else "–" if value is None else str(value)
+        reason = scores["reasons"].get(name)
+        interval = scores.get(f"{name}_interval")
+        told = f"({reason})" if reason else f"(95% interval {interval[0]:.6g} to {interval[1]:.6g})" if interval else ""
+        shown.append((label, f"{text}  {told}".rstrip()))
+    width = max(len(label) for label, _ in shown)
+    return [f"{label:<{width}}  {text}" for label, text in shown] + [f"note: {note}" for note in scores["notes"]]
+
+
+class _InPathOrder:
+    """An image set by its files' paths; the scenes, which have none, as they come."""
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+        names = images.names()
+        self._order = sorted(range(len(images)), key=names.__getitem__) if names else range(len(images))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._images[self._order[index]]
 
 
 def _is_checkpoint(name: str) -> bool:
@@ -89,7 +131,7 @@ def _open(name: str, size: tuple[int, int], num_images: int | None, device_name:
 
     if not _is_checkpoint(name):
         images = open_images(name, size, num_images)
-        return images, images.description
+        return _InPathOrder(images), images.description
     device = torch.device(device_name)
     model, experiment = load_model(Path(name), device)
     count = num_images or experiment.quality.num_images

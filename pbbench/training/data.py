@@ -87,6 +87,11 @@ class ImageSet(Dataset[torch.Tensor]):
             raise IndexError(f"images {numbers.min()} to {numbers.max()} of {len(self)}")
         return self._store.read(numbers, self._first, self._count)
 
+    def names(self) -> list[str]:
+        """The files' names in the set's order, relative to the source; empty for the scenes."""
+        facts = self._store.identity(self._first, self._count)
+        return [str(fact[0]) for fact in facts if isinstance(fact, list)]
+
     def subset(self, start: int, stop: int) -> ImageSet:
         """Images ``start`` … ``stop`` − 1, to keep held-out images apart. Raises InputError where there are not so many."""
         if not 0 <= start < stop <= len(self):
@@ -112,6 +117,12 @@ class ImageSet(Dataset[torch.Tensor]):
         the first 4 KiB of each file are summed. The scenes are known by seed, numbers and version."""
         facts = [decoding.VERSION, list(self.size), *self._store.identity(self._first, self._count)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def content_fingerprint(self) -> str:
+        """As ``fingerprint``, but over whole files always, for what must not outlive any change of them: a folder too large to
+        be decoded on opening is read once more."""
+        sums = self._store.checksums(self._first, self._count) if isinstance(self._store, LazyStore) else []
+        return hashlib.sha256(json.dumps([self.fingerprint(), sums]).encode()).hexdigest() if sums else self.fingerprint()
 
 
 def open_images(

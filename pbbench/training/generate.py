@@ -83,9 +83,15 @@ def sample_to_folder(
         images = generate(
             model, diffusion, experiment.sampling, num_images, device, lambda state: bar.update(task, completed=state["step"])
         )
-    for index, image in enumerate(images):
-        save_png(image, out / f"{index:06}.png")
+    save_images(images, out)
     return out
+
+
+def save_images(images: Iterable[Tensor], folder: Path) -> None:
+    """uint8 (C, H, W) as 000000.png and on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images):
+        save_png(image, folder / f"{index:06}.png")
 
 
 def save_png(image: Tensor, path: Path) -> None:
