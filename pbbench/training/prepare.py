@@ -122,6 +122,7 @@ def prepare(
         "preprocessing": [decode.VERSION, synthetic.VERSION if source == "synthetic" else None],
         "pillow": PIL.__version__,
     }
+    made_by = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     done = 0
     try:
         with _claimed(out, settings):
@@ -131,9 +132,9 @@ def prepare(
             while total < wanted and start < reader.length:
                 number = len(records)
                 room = min(settings["images_per_shard"], wanted - total)
-                record = _sound(out, number, start)
+                record = _sound(out, number, start, made_by)
                 tell(f"shard {number}: " + ("sound" if record else "being made"))
-                record = record or _make_shard(out, number, reader, start, room)
+                record = record or _make_shard(out, number, reader, start, room, made_by)
                 records.append(record)
                 done, start, total = len(records), record["stop"], total + record["count"]
             return _finish(out, settings, records, getattr(reader, "source", None), total)
@@ -151,7 +152,8 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     shown = printable(str(out))
     if out.exists() and not out.is_dir():
         raise InputError(f"{shown} is a file; name a new or empty folder")
-    if out.exists() and not is_prepared(out) and any(out.iterdir()):
+    own = _aside(out / UNFINISHED).name  # all that there is where the process was killed at its very first file
+    if out.exists() and not is_prepared(out) and any(path.name != own for path in out.iterdir()):
         raise InputError(f"{shown} is not empty and not a prepared set; name a new or empty folder, nothing is written over")
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY)
@@ -162,43 +164,45 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             raise InputError(f"{shown} is being prepared by another process; wait for it, or name another folder") from None
         except OSError:
             pass  # a file system without locks
-        known = next((out / name for name in (INDEX, UNFINISHED) if (out / name).is_file()), None)
-        if known is None:
+        before = _settings_of(out)
+        if before is None:
             _write_object(out / UNFINISHED, {"settings": settings})
-        else:
-            before = read_object(known).get("settings")
-            before = before if isinstance(before, dict) else {}
-            for key in settings:
-                if before.get(key) != settings[key]:
-                    raise InputError(
-                        f"{shown} was begun with {key} {before.get(key)!r}, this is {settings[key]!r}; name another folder"
-                    )
+        for key, value in settings.items():
+            if before is not None and before.get(key) != value:
+                raise InputError(f"{shown} was begun with {key} {before.get(key)!r}, this is {value!r}; name another folder")
         yield
     finally:
         os.close(handle)
 
 
-def _sound(out: Path, number: int, start: int) -> dict[str, Any] | None:
-    """The record of a finished shard whose bytes are those that were written; None where there is none."""
-    try:
-        record = read_object(record_file(out, number))
-        if record["start"] == start and record["stop"] > start and record["sha256"] == _sha256(shard_file(out, number)):
-            return record
-    except (InputError, OSError, KeyError, TypeError):
-        pass  # absent or damaged: made again
+def _settings_of(out: Path) -> dict[str, Any] | None:
+    """What the set was begun with; None where that is not known, or not any more: its shards then tell by their records."""
+    for name in (INDEX, UNFINISHED):
+        with suppress(InputError):
+            settings = read_object(out / name).get("settings")
+            if isinstance(settings, dict):
+                return settings
     return None
 
 
-def _make_shard(out: Path, number: int, reader: _Files | _Scenes, start: int, wanted: int) -> dict[str, Any]:
-    file = shard_file(out, number)
+def _sound(out: Path, number: int, start: int, made_by: str) -> dict[str, Any] | None:
+    """The record of a finished shard whose bytes are those that were written; None where there is none."""
+    with suppress(InputError, OSError, KeyError, TypeError):  # absent or damaged: made again
+        record = read_object(record_file(out, number))
+        fits = record["start"] == start and record["stop"] > start and record["made_by"] == made_by
+        if fits and record["sha256"] == _sha256(shard_file(out, number)):
+            return record
+    return None
+
+
+def _make_shard(out: Path, number: int, reader: _Files | _Scenes, start: int, wanted: int, made_by: str) -> dict[str, Any]:
+    """One shard and its record, of the next ``wanted`` readable images or as many as there are."""
+    path = shard_file(out, number)
     images: list[Any] = []
     broken: list[Unreadable] = []
     count, stop, in_a_row = 0, start, 0
-
-    def fill(target: IO[bytes]) -> None:
-        nonlocal count, stop, in_a_row
-        _write_header(target, wanted, reader.size)
-        length = target.tell()
+    with _whole_file(path) as file:
+        _write_header(file, wanted, reader.size)
         for outcome in reader.read(start, wanted):
             stop += 1
             if isinstance(outcome, Unreadable):
@@ -210,18 +214,15 @@ def _make_shard(out: Path, number: int, reader: _Files | _Scenes, start: int, wa
                         f"there? {number} finished shards are kept, run the same command again to go on"
                     )
                 continue
-            in_a_row = 0
             image, pixels = outcome
-            images.append(image)
-            target.write(np.ascontiguousarray(pixels).data)
-            count += 1
-        target.seek(0)
-        _write_header(target, count, reader.size)
-        assert target.tell() == length, "NumPy leaves room for the first dimension to change"
-
-    _write_aside(file, fill)
-    record = {"start": start, "stop": stop, "count": count, "bytes": file.stat().st_size, "sha256": _sha256(file)}
-    record |= {"broken": [list(one) for one in broken], "images": [image for image in images if image is not None]}
+            if image is not None:
+                images.append(image)
+            file.write(np.ascontiguousarray(pixels).data)
+            count, in_a_row = count + 1, 0
+        file.seek(0)
+        _write_header(file, count, reader.size)  # of the same length: NumPy leaves room for the first dimension to change
+    record = {"made_by": made_by, "start": start, "stop": stop, "count": count}
+    record |= {"bytes": path.stat().st_size, "sha256": _sha256(path), "broken": broken, "images": images}
     _write_object(record_file(out, number), record)
     return record
 
@@ -230,11 +231,12 @@ def _finish(
     out: Path, settings: dict[str, Any], records: list[dict[str, Any]], source: Folder | Zip | Lmdb | None, total: int
 ) -> Prepared:
     """The index; a last shard without images, which only says which files were broken, is left out of it."""
-    broken = sorted([*map(list, source.refused if source else []), *(pair for record in records for pair in record["broken"])])
+    refused = source.refused if source else []
+    broken = sorted(tuple(pair) for pair in [*refused, *(pair for record in records for pair in record["broken"])])
     if not total:
         for path in (shard_file(out, 0), record_file(out, 0), out / UNFINISHED):
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # what was there before stays
+        with suppress(OSError):
             out.rmdir()
         examples = "".join(f"; {name}: {reason}" for name, reason in broken[:3])
         raise InputError(f"{settings['source']} holds no readable image; {len(broken):,} could not be read{examples}")
@@ -252,21 +254,27 @@ def _write_header(file: IO[bytes], count: int, size: tuple[int, int]) -> None:
 
 
 def _write_object(path: Path, value: dict[str, Any]) -> None:
-    _write_aside(path, lambda file: file.write(json.dumps(value).encode()))
+    with _whole_file(path) as file:
+        file.write(json.dumps(value).encode())
 
 
-def _write_aside(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
-    """The whole file under its name, or nothing; it outlasts a power cut."""
-    aside = path.with_name(f".{path.name}.unfinished")
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that gets its name when it is complete; its bytes are on the disk before."""
+    aside = _aside(path)
     try:
         with open(aside, "wb") as file:
-            fill(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)  # on a full disk its space is wanted
         raise
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.unfinished")
 
 
 def _sha256(path: Path) -> str:
