@@ -126,6 +126,13 @@ def test_the_index_says_what_was_done(sources, tmp_path):
     assert len(told) == 5
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip", "lmdb"])
+def test_the_files_are_the_same_for_any_number_of_threads(sources, kind, tmp_path):
+    for threads in (1, 5):
+        prepare(str(sources[kind]), tmp_path / str(threads), SIZE, threads=threads)
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "5")
+
+
 @pytest.mark.parametrize("wanted", [1, 7, 8, 100])
 def test_the_first_n_readable_images(sources, wanted, tmp_path):
     prepare(str(sources["folder"]), tmp_path / "out", SIZE, wanted)
@@ -345,3 +352,22 @@ def test_a_sweep_learns_of_the_wrong_size_before_it_starts(sources, tmp_path):
     settings = {"model": {"dim": 8, "dim_mults": [1, 2], "image_size": 16}, "data": {"source": str(tmp_path)}}
     with pytest.raises(InputError, match="prepared at 8×12, asked for is 16×16"):
         plan(parse_experiment(settings, "test"))
+
+
+def test_a_run_begun_on_the_source_goes_on_with_the_prepared_set_to_the_bit(sources, tmp_path):
+    from pbbench.training.train import train
+
+    prepare(str(sources["folder"]), tmp_path / "packed", SIZE)
+
+    def settings(source: Path, steps: int):
+        model = {"dim": 8, "dim_mults": [1, 2], "image_size": list(SIZE), "patch_divider": 2}
+        training = {"batch_size": 2, "num_steps": steps, "sample_every": 0}
+        return parse_experiment({"model": model, "training": training, "data": {"source": str(source)}}, "test")
+
+    train(settings(sources["folder"], 3), tmp_path / "half")
+    changed = train(settings(tmp_path / "packed", 5), tmp_path / "half", resume=True)
+    whole = train(settings(sources["folder"], 5), tmp_path / "whole")
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        assert (changed.checkpoint / name).read_bytes() == (whole.checkpoint / name).read_bytes()
+    with pytest.raises(InputError, match="the images have changed"):
+        train(settings(Path("synthetic"), 6), tmp_path / "half", resume=True)
