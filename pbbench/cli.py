@@ -28,6 +28,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+data = typer.Typer(help="Prepare sets of images for quick loading.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data, name="data")
 
 Dividers = Annotated[
     list[str] | None, typer.Option("--dividers", metavar="D...", help="Patch dividers d: the image becomes d × d patches.")
@@ -391,6 +393,36 @@ def doctor(device: Device = None, json_: Json = False) -> None:
     else:
         Console().print(as_table(checks))
     raise typer.Exit(0 if can_run(checks) else 1)
+
+
+@data.command(cls=ManyValues)
+def prepare(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, zip, LMDB folder (LSUN), or synthetic.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or one to go on with; then: data.source=OUT.")],
+    size: Annotated[str, typer.Option("--size", metavar="S", help="128, or height x width as 96x128.")],
+    num_images: Annotated[
+        str | None, typer.Option("--num-images", metavar="N", help="Readable images to take.  [default: all; synthetic 10,000]")
+    ] = None,
+    num_workers: Annotated[
+        str | None, typer.Option("--num-workers", metavar="N", help="Threads that decode.  [default: one per core, to 16]")
+    ] = None,
+) -> None:
+    """Resize a set of images once into arrays that load by memory map; running again goes on, or checks what is there."""
+    from pbbench.training.entries import notice
+    from pbbench.training.prepare import prepare as prepare_images
+
+    sides = whole_numbers("--size", size.split("x"))
+    if len(sides) > 2:
+        raise InputError(f"--size: {size!r} is neither a number nor height x width, as 128 or 96x128")
+    count, threads = (
+        next(iter(whole_numbers(name, [text] if text is not None else None)), None)
+        for name, text in (("--num-images", num_images), ("--num-workers", num_workers))
+    )
+    prepared = prepare_images(
+        source, out, (sides[0], sides[-1]), count, threads, tell=lambda line: typer.echo(f"pbbench: {line}", err=True)
+    )
+    typer.echo(notice(prepared.describe(prepared.num_images), prepared.broken), err=True)
+    typer.echo(str(out))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import data_loading
 import memory_rule
 import memory_table
 import meter_overhead
@@ -17,6 +18,16 @@ PUBLISHED = Path(__file__).parents[1] / "results" / "memory"
 
 def number(text: str):
     return int(text) if text.isdecimal() else text or None
+
+
+def test_loading_is_measured_for_every_source_and_published_as_quicker(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_loading, "SECONDS", 0)
+    data_loading.main(["--num-images", "8", "--out", str(tmp_path)])
+    for folder in (tmp_path, PUBLISHED.parent / "data"):
+        report = json.loads((folder / "loading.json").read_text(encoding="utf-8"))
+        assert [row["source"] for row in report["rows"]] == list(data_loading.SOURCES)
+        assert data_loading.markdown(report) == (folder / "loading.md").read_text(encoding="utf-8")
+    assert all(min(row["ratio_of_each_round"]) > 10 for row in report["rows"])
 
 
 @pytest.fixture(scope="module")

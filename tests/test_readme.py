@@ -13,7 +13,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", [c.name or c.callback.__name__ for c in cli.app.registered_commands])
+def commands(app, group=""):
+    """Every command's words, those of groups after the group's name."""
+    names = [group + (command.name or command.callback.__name__) for command in app.registered_commands]
+    return names + [name for inner in app.registered_groups for name in commands(inner.typer_instance, f"{inner.name} ")]
+
+
+@pytest.mark.parametrize("name", commands(cli.app))
 def test_every_command_has_a_place(name):
     assert f"`pbbench {name}" in README
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from pbbench.errors import InputError
 from pbbench.training.data import open_images
-from pbbench.training.sources import open_source, read_bytes
+from pbbench.training.entries import read_bytes
+from pbbench.training.sources import open_source
 from pbbench.training.synthetic import scene
 
 SIZE = (8, 8)
@@ -186,7 +187,7 @@ def test_zip_members_beyond_reason_are_named_not_loaded(tmp_path, monkeypatch):
     fill(tmp_path / "images", ["good.png"])
     (tmp_path / "images" / "bomb.png").write_bytes(b"\0" * 5_000_000)
     path = pack(tmp_path / "images", tmp_path / "images.zip")
-    monkeypatch.setattr("pbbench.training.sources.MAX_FILE_BYTES", 1_000_000)
+    monkeypatch.setattr("pbbench.training.entries.MAX_FILE_BYTES", 1_000_000)
     images = open_images(str(path), SIZE)
     assert images.skipped == [("bomb.png", "5,000,000 bytes exceed the limit of 1,000,000 for one image file")]
     assert len(images) == 1

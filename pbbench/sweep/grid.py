@@ -74,10 +74,12 @@ def plan(experiment: Experiment) -> list[Cell]:
 
 def _check_sources(experiment: Experiment) -> None:
     """What quality cells will need hours later is looked for now. Raises InputError for what is not there."""
-    from pbbench.training.sources import open_source
+    from pbbench.training.sources import Prepared, open_source
 
     if experiment.data.source != "synthetic":
-        open_source(experiment.data.source)
+        source = open_source(experiment.data.source)
+        if isinstance(source, Prepared):
+            source.check_size(experiment.model.size)
     for divider, folder in experiment.sweep.checkpoints.items():
         if not ((Path(folder) / "config.json").is_file() or (Path(folder) / "checkpoints").is_dir()):
             raise InputError(f"sweep.checkpoints.{divider}: {folder} is not a folder that pbbench train or convert wrote")

@@ -107,13 +107,15 @@ def _native_size(name: str) -> tuple[int, int] | None:
     from PIL import Image
 
     from pbbench.training.checkpoint import read_config
-    from pbbench.training.sources import open_source
+    from pbbench.training.sources import Prepared, open_source
 
     if name == "synthetic":
         return None
     if _is_checkpoint(name):
         return parse_experiment(read_config(name)["experiment"], name).model.size
     source = open_source(name)
+    if isinstance(source, Prepared):
+        return source.size
     for entry in source.entries:
         with contextlib.suppress(OSError, ValueError), source.open(entry) as file, Image.open(file) as image:
             return image.height, image.width

@@ -1,14 +1,14 @@
 """Image file ↔ x_start: the first of the six stops that one image makes through the program; and sets of such images.
 
-``open_images`` makes an ``ImageSet`` of a folder, a zip or the built-in scenes: a torch Dataset of uint8 (3, H, W),
-unflipped, in an order that the names alone decide and that has nothing to do with what the images show. A set that fits
-``memory_limit_bytes`` once decoded is decoded on opening: every unreadable file is then known and named before anything
-starts, and reading costs nothing afterwards. A larger one is decoded as it is used: its files' headers are checked on
-opening, and a file that proves damaged later is recorded and replaced by the next readable one, so that a long training run
-neither ends nor changes its course because of it.
+``open_images`` makes an ``ImageSet`` of a folder, a zip, an LMDB, a prepared set or the built-in scenes: a torch Dataset of
+uint8 (3, H, W), unflipped, in an order that the names alone decide and that has nothing to do with what the images show. A
+set that fits ``memory_limit_bytes`` once decoded is decoded on opening: every unreadable file is then known and named before
+anything starts, and reading costs nothing afterwards. A larger one is decoded as it is used: its files' headers are checked
+on opening, and a file that proves damaged later is recorded and replaced by the next readable one, so that a long training
+run neither ends nor changes its course because of it.
 
-How a file becomes pixels is in ``decode.py``, where files lie in ``sources.py``, what holds them in ``stores.py``, and the
-order in which training sees them in ``loader.py``.
+How a file becomes pixels is in ``decode.py``, where files lie in ``sources.py``, what holds them in ``stores.py``, the
+order in which training sees them in ``loader.py``, and how a set is packed for quicker loading in ``prepare.py``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from torch.utils.data import Dataset
 
 from pbbench.errors import InputError
 from pbbench.training import decode as decoding
+from pbbench.training.entries import Unreadable, notice, printable
 from pbbench.training.loader import training_loader
-from pbbench.training.sources import open_source, printable
-from pbbench.training.stores import LazyStore, MemoryStore, SceneStore, Store, Unreadable
+from pbbench.training.prepare import DEFAULT_SYNTHETIC_IMAGES
+from pbbench.training.prepared import Prepared
+from pbbench.training.sources import open_source
+from pbbench.training.stores import LazyStore, MemoryStore, PreparedStore, SceneStore, Store
 
 __all__ = ["ImageSet", "load_image", "open_images", "to_x_start", "training_loader"]
 
-DEFAULT_SYNTHETIC_IMAGES = 10_000
 MEMORY_LIMIT_BYTES = 2**30
 
 
@@ -75,10 +77,8 @@ class ImageSet(Dataset[torch.Tensor]):
         return self.batch([index % len(self)])[0]
 
     def notice(self) -> str:
-        """What the images are and, by name, which could not be read (the first five): for a person, in a few lines."""
-        names = [f"  skipped {unreadable.name}: {unreadable.reason}" for unreadable in self.skipped[:5]]
-        more = [f"  and {len(self.skipped) - 5:,} more"] if len(self.skipped) > 5 else []
-        return "\n".join([self.description, *names, *more])
+        """The description and, by name, the first five files that could not be read: for a person, in a few lines."""
+        return notice(self.description, self.skipped)
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
         """Several images as one new uint8 (N, 3, H, W). Raises InputError where no image of the set can be read any more."""
@@ -114,14 +114,20 @@ class ImageSet(Dataset[torch.Tensor]):
 
         A zip's CRC-32s stand in its directory and those of a folder's files are taken while they are decoded, so a zip and the
         folder it unpacks to agree, and modification times do not matter. Of a folder too large to be decoded on opening, only
-        the first 4 KiB of each file are summed. The scenes are known by seed, numbers and version."""
-        facts = [decoding.VERSION, list(self.size), *self._store.identity(self._first, self._count)]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        the first 4 KiB of each file are summed, of such an LMDB nothing. The scenes are known by seed, numbers and version.
+
+        A prepared set has the fingerprint of the set it was made from, so a run begun on one goes on with the other. They
+        differ where a set decoded as it is used holds an image that is damaged behind its header: preparing leaves it out."""
+        digest = hashlib.sha256(json.dumps([decoding.VERSION, list(self.size)])[:-1].encode())
+        for fact in self._store.identity(self._first, self._count):  # one by one: of LSUN there are three million
+            digest.update(f", {json.dumps(fact)}".encode())
+        digest.update(b"]")
+        return digest.hexdigest()
 
     def content_fingerprint(self) -> str:
         """As ``fingerprint``, but over whole files always, for what must not outlive any change of them: a folder too large to
         be decoded on opening is read once more."""
-        sums = self._store.checksums(self._first, self._count) if isinstance(self._store, LazyStore) else []
+        sums = self._store.checksums(self._first, self._count) if isinstance(self._store, LazyStore | PreparedStore) else []
         return hashlib.sha256(json.dumps([self.fingerprint(), sums]).encode()).hexdigest() if sums else self.fingerprint()
 
 
@@ -133,11 +139,11 @@ def open_images(
     *,
     memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> ImageSet:
-    """The images of a folder, a zip, or "synthetic" at ``size`` (H, W).
+    """The images of a folder, a zip, an LMDB, a prepared set, or "synthetic" at ``size`` (H, W).
 
     ``num_images`` of the readable ones, a choice that the names alone decide; all of them where there are fewer or None is
-    given (of the scenes of ``seed``, 10,000). Raises InputError where the source is absent, not permitted, broken, encrypted
-    or without one readable image."""
+    given (of the scenes of ``seed``, 10,000). Raises InputError where the source is absent, not permitted, broken, encrypted,
+    without one readable image, or prepared at another size."""
     if num_images is not None and num_images < 1:
         raise InputError(f"num_images is {num_images}; it must be a positive number")
     bytes_per_image = 3 * size[0] * size[1]
@@ -145,6 +151,10 @@ def open_images(
         count = num_images or DEFAULT_SYNTHETIC_IMAGES
         return ImageSet(SceneStore(size, count, seed, keep=count * bytes_per_image <= memory_limit_bytes))
     files = open_source(source)
+    if isinstance(files, Prepared):
+        files.check_size(size)
+        wanted = min(files.num_images, num_images or files.num_images)
+        return ImageSet(PreparedStore(files, wanted, lazily=wanted * bytes_per_image > memory_limit_bytes))
     wanted = min(len(files.entries), num_images or len(files.entries))
     store = (MemoryStore if wanted * bytes_per_image <= memory_limit_bytes else LazyStore)(files, size, wanted)
     if not len(store):

@@ -28,7 +28,7 @@ from pbbench.errors import InputError
 
 if TYPE_CHECKING:
     from pbbench.training.data import ImageSet
-    from pbbench.training.stores import Unreadable
+    from pbbench.training.entries import Unreadable
 
 _AHEAD = 4  # batches prepared before they are asked for
 

@@ -87,11 +87,12 @@ def draw_noise(
 
 
 _MAY_DIFFER = (
-    "name", "device", "sampling.", "quality.", "sweep.", "data.num_workers", "training.num_steps", "training.save_every",
-    "training.sample_every", "training.num_grid_samples", "training.trackers", "training.patch_batch_size",
-    "training.recompute", "training.ema_device",
+    "name", "device", "sampling.", "quality.", "sweep.", "data.source", "data.num_workers", "training.num_steps",
+    "training.save_every", "training.sample_every", "training.num_grid_samples", "training.trackers",
+    "training.patch_batch_size", "training.recompute", "training.ema_device",
 )  # fmt: skip
-"""Settings that a resumed run may change: its weights are the same within rounding."""
+"""Settings that a resumed run may change: its weights are the same within rounding. ``data.source`` may be moved or prepared;
+that it holds the same images is known by their fingerprint."""
 
 
 def check_folder(out: Path, experiment: Experiment, resume: bool) -> Path | None:

@@ -1,47 +1,27 @@
-"""Where image files lie: a folder (nested or not) or a zip, as a list of entries that any process can open.
+"""Where image files lie: a folder (nested or not), a zip or an LMDB, as a list of entries that any process can open; or a
+folder that ``pbbench data prepare`` made of one of them.
 
-Names are relative and use "/". The list is sorted by a hash of the name: sorted by the name itself, nested sets have one class
-after another; by its hash, the first n images, the last n or any n in a row are a fair choice, and the same one everywhere.
-Hidden files and folders, ``__MACOSX`` and files that are not images are passed over; an image file that cannot be read is
-left to the caller to name.
+Names are relative and use "/"; their order is that of ``entries.py``. Hidden files and folders, ``__MACOSX`` and files that are
+not images are passed over; an image file that cannot be read is left to the caller to name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from pbbench.errors import InputError, one_line
+from pbbench.training.entries import Entry, in_order, printable
+from pbbench.training.lsun import DATA_FILE, Lmdb, is_lmdb
+from pbbench.training.prepared import Prepared, is_prepared
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MAX_FILE_BYTES = 2**29
-"""A file (in a zip: its declared size) above this is not an image of a data set; it is named as unreadable, never loaded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One image file: its name in the set, its size in bytes, and its CRC-32 where a zip's directory states it."""
-
-    name: str
-    size: int
-    crc: int | None = None
-
-
-def _place(entry: Entry) -> tuple[bytes, str]:
-    return hashlib.blake2b(entry.name.encode(errors="surrogateescape"), digest_size=8).digest(), entry.name
-
-
-def printable(name: str) -> str:
-    """A name for a message: on one line, and safe to encode whatever bytes the file system gave."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
 def is_image_name(name: str) -> bool:
@@ -56,7 +36,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, printable(path.resolve().name) or "folder"
         self.refused: list[tuple[str, str]] = []
-        self.entries = sorted(self._walk(), key=_place)
+        self.entries = in_order(self._walk())
 
     def _walk(self) -> Iterator[Entry]:
         try:
@@ -115,9 +95,11 @@ class Zip:
             raise InputError(f"{shown} {what}; give a folder of images or a zip of them") from None
         except Exception as error:  # a damaged directory can raise anything in zipfile
             raise InputError(f"cannot read the zip {shown}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+        if not infos and any(PurePosixPath(name).name == DATA_FILE for name in self._zip().namelist()):
+            raise InputError(f"the zip {shown} holds an LMDB, which cannot be read in place; unpack it and give its folder")
         if any(info.flag_bits & 1 for info in infos.values()):
             raise InputError(f"the zip {shown} is encrypted; unpack it and give the folder")
-        self.entries = sorted((Entry(name, info.file_size, info.CRC) for name, info in infos.items()), key=_place)
+        self.entries = in_order(Entry(name, info.file_size, info.CRC) for name, info in infos.items())
 
     def _starts_like_a_zip(self) -> bool:
         with open(self.path, "rb") as file:
@@ -140,8 +122,8 @@ class Zip:
             yield file
 
 
-def open_source(source: str) -> Folder | Zip:
-    """The folder or zip at ``source``. Raises InputError where it is absent, neither, broken, encrypted or not permitted."""
+def open_source(source: str) -> Folder | Zip | Lmdb | Prepared:
+    """What lies at ``source``. Raises InputError where it is absent, none of these, broken, encrypted or not permitted."""
     path = Path(os.path.expanduser(source))
     try:
         mode = os.stat(os.path.expanduser(source)).st_mode  # of the text: Path("") would be the current folder
@@ -149,15 +131,7 @@ def open_source(source: str) -> Folder | Zip:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"cannot read the images at {source!r}: {reason}; give a folder, a zip, or 'synthetic'") from None
     if stat.S_ISDIR(mode):
-        return Folder(path)
+        return Prepared(path) if is_prepared(path) else Lmdb(path) if is_lmdb(path) else Folder(path)
     if not stat.S_ISREG(mode):
         raise InputError(f"{source!r} is neither a folder nor a zip of images")
-    return Zip(path)
-
-
-def read_bytes(source: Folder | Zip, entry: Entry) -> bytes:
-    """The whole file. Raises OSError, ValueError or what ``zipfile`` raises on a damaged member."""
-    if entry.size > MAX_FILE_BYTES:
-        raise ValueError(f"{entry.size:,} bytes exceed the limit of {MAX_FILE_BYTES:,} for one image file")
-    with source.open(entry) as file:
-        return file.read()
+    return Lmdb(path.parent) if path.name == DATA_FILE else Zip(path)

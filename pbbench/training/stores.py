@@ -1,4 +1,5 @@
-"""Where an ``ImageSet`` has its pixels: decoded files in memory, files decoded as they are asked for, or built-in scenes.
+"""Where an ``ImageSet`` has its pixels: decoded files in memory, files decoded as they are asked for, files that were decoded
+once and lie on disk as arrays, or built-in scenes.
 
 Each store answers the same questions: ``len``; ``read``, the images of some numbers, counted from ``first`` in a part of
 ``count``; ``describe``; ``identity``, the facts a fingerprint is made of; ``in_memory``, is reading free; ``skipped``.
@@ -7,13 +8,10 @@ Each store answers the same questions: ``len``; ``read``, the images of some num
 from __future__ import annotations
 
 import logging
-import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,25 +19,24 @@ from numpy.typing import NDArray
 
 from pbbench.errors import InputError
 from pbbench.training import synthetic
-from pbbench.training.decode import check_header, decode, quiet, reason
-from pbbench.training.sources import Entry, Folder, Zip, printable, read_bytes
+from pbbench.training.decode import check_header, decode, quiet
+from pbbench.training.entries import (
+    HEAD_BYTES,
+    Entry,
+    Source,
+    Unreadable,
+    attempt,
+    load_in_order,
+    read_bytes,
+    useful_threads,
+)
+from pbbench.training.lsun import Lmdb
+from pbbench.training.prepared import Prepared
+from pbbench.training.sources import Zip
 
 logger = logging.getLogger(__name__)
 
 Indices = NDArray[np.int64]
-Result = TypeVar("Result")
-
-_CHUNK = 512  # files in the air at a time
-_GROUP = 16  # files per task of a decoding thread
-_SMALL_FILE_BYTES = 8192
-"""Decoding smaller files is mostly Python's own work, at which threads hinder each other (CIFAR-10: two 1.4 s, one 0.9 s)."""
-
-
-class Unreadable(NamedTuple):
-    """A file that was skipped: its name in the set, and why."""
-
-    name: str
-    reason: str
 
 
 class Store(Protocol):
@@ -51,16 +48,16 @@ class Store(Protocol):
     def record(self, found: Iterable[Unreadable]) -> None: ...
     def read(self, indices: Indices, first: int, count: int) -> torch.Tensor: ...
     def describe(self, count: int) -> str: ...
-    def identity(self, first: int, count: int) -> list[object]: ...
+    def identity(self, first: int, count: int) -> Iterable[object]: ...
 
 
 class _FileStore:
     """What the two stores of files share: the readable entries, and the unreadable ones by name."""
 
-    def __init__(self, source: Folder | Zip, size: tuple[int, int]) -> None:
+    def __init__(self, source: Source, size: tuple[int, int]) -> None:
         self.size, self.name = size, source.name
         self.skipped: list[Unreadable] = [Unreadable(*refused) for refused in source.refused]
-        self._entries: list[Entry] = []
+        self._entries: Sequence[Entry] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -75,36 +72,8 @@ class _FileStore:
     def describe(self, count: int) -> str:
         return f"{self.name}: {count:,} images, {len(self.skipped):,} skipped"
 
-    def identity(self, first: int, count: int) -> list[object]:
-        return [[entry.name, entry.size, entry.crc] for entry in self._entries[first : first + count]]
-
-    def _first_readable(self, entries: list[Entry], wanted: int, load: Callable[[Entry], Result]) -> Iterator[Result]:
-        """``load`` of the first ``wanted`` entries that it manages, in order, by threads; those it does not are skipped."""
-
-        def load_group(group: list[Entry]) -> list[Result | Unreadable]:
-            return [_attempt(load, entry) for entry in group]
-
-        small = sum(entry.size for entry in entries) < _SMALL_FILE_BYTES * len(entries)
-        found, waiting = 0, iter(entries)
-        with quiet(), ThreadPoolExecutor(1 if small else _num_cores()) as pool:
-            while found < wanted and (chunk := list(islice(waiting, min(_CHUNK, wanted - found)))):
-                for group in pool.map(load_group, (chunk[k : k + _GROUP] for k in range(0, len(chunk), _GROUP))):
-                    for outcome in group:
-                        if isinstance(outcome, Unreadable):
-                            self.skipped.append(outcome)
-                        else:
-                            found += 1
-                            yield outcome
-        self.skipped.sort()
-
-
-def _attempt(load: Callable[[Entry], Result], entry: Entry) -> Result | Unreadable:
-    try:
-        return load(entry)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file can raise anything in a decoder
-        return Unreadable(printable(entry.name), reason(error))
+    def identity(self, first: int, count: int) -> Iterator[object]:
+        return ([entry.name, entry.size, entry.crc] for entry in self._entries[first : first + count])
 
 
 class MemoryStore(_FileStore):
@@ -112,7 +81,7 @@ class MemoryStore(_FileStore):
 
     in_memory = True
 
-    def __init__(self, source: Folder | Zip, size: tuple[int, int], wanted: int) -> None:
+    def __init__(self, source: Source, size: tuple[int, int], wanted: int) -> None:
         super().__init__(source, size)
         self._memory = torch.empty((wanted, 3, *size), dtype=torch.uint8)
 
@@ -120,39 +89,51 @@ class MemoryStore(_FileStore):
             data = read_bytes(source, entry)
             return replace(entry, crc=zlib.crc32(data)), decode(data, size)
 
-        for entry, pixels in self._first_readable(source.entries, wanted, load):
-            self._memory[len(self._entries)] = torch.from_numpy(pixels)
-            self._entries.append(entry)
+        entries: list[Entry] = []
+        for outcome in load_in_order(source.entries, wanted, load, useful_threads(source.entries)):
+            if isinstance(outcome, Unreadable):
+                self.skipped.append(outcome)
+            else:
+                self._memory[len(entries)] = torch.from_numpy(outcome[1])
+                entries.append(outcome[0])
+        self._entries = entries
+        self.skipped.sort()
 
     def read(self, indices: Indices, first: int, count: int) -> torch.Tensor:
         return torch.from_numpy(self._memory.numpy()[indices + first])
 
 
 class LazyStore(_FileStore):
-    """A set too large for memory: headers checked on opening, files decoded when asked for."""
+    """A set too large for memory: headers checked on opening, files decoded when asked for. Of an LMDB not even headers are
+    read: its images are millions, and have come from where they were checked."""
 
     in_memory = False
 
-    def __init__(self, source: Folder | Zip, size: tuple[int, int], wanted: int) -> None:
+    def __init__(self, source: Source, size: tuple[int, int], wanted: int) -> None:
         super().__init__(source, size)
         self._source = source
 
         def check(entry: Entry) -> Entry:
             with source.open(entry) as file:
                 if entry.crc is None:
-                    entry = replace(entry, crc=zlib.crc32(file.read(4096)))
+                    entry = replace(entry, crc=zlib.crc32(file.read(HEAD_BYTES)))
                     file.seek(0)
                 check_header(file)
             return entry
 
-        self._entries = list(self._first_readable(source.entries, wanted, check))
+        if isinstance(source, Lmdb):
+            self._entries = source.entries[:wanted]
+            return
+        outcomes = list(load_in_order(source.entries, wanted, check, useful_threads(source.entries)))
+        self._entries = [outcome for outcome in outcomes if isinstance(outcome, Entry)]
+        self.skipped = sorted([*self.skipped, *(outcome for outcome in outcomes if isinstance(outcome, Unreadable))])
 
     def checksums(self, first: int, count: int) -> list[int]:
         """Of a folder's files, whose starts alone stand in ``identity``; all of them are read. −1: cannot be read any more."""
         source = self._source
         if isinstance(source, Zip):
             return []
-        found = (_attempt(lambda e: zlib.crc32(read_bytes(source, e)), e) for e in self._entries[first : first + count])
+        found = (attempt(lambda e: zlib.crc32(read_bytes(source, e)), e) for e in self._entries[first : first + count])
         return [-1 if isinstance(crc, Unreadable) else crc for crc in found]
 
     def _decode(self, entry: Entry) -> NDArray[np.uint8]:
@@ -168,11 +149,50 @@ class LazyStore(_FileStore):
     def _readable(self, index: int, first: int, count: int) -> NDArray[np.uint8]:
         """Image ``index`` or, where its file proves damaged, the next readable one: the same whichever process asks."""
         for step in range(count):
-            outcome = _attempt(self._decode, self._entries[first + (index + step) % count])
+            outcome = attempt(self._decode, self._entries[first + (index + step) % count])
             if not isinstance(outcome, Unreadable):
                 return outcome
             self.record([outcome])
         raise InputError(f"no image of {self.name} can be read any more")
+
+
+class PreparedStore:
+    """A set that was decoded once: images are copied out of mapped files, so that the system's cache serves every process.
+
+    ``lazily``: whether the set it was made from would be decoded as it is used, and known by less than its whole files."""
+
+    def __init__(self, prepared: Prepared, wanted: int, lazily: bool) -> None:
+        self.size, self.in_memory, self._prepared, self._count = prepared.size, not lazily, prepared, wanted
+        self.skipped: list[Unreadable] = list(prepared.broken)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def record(self, found: Iterable[Unreadable]) -> None:
+        self.skipped.extend(found)  # nothing: damage to a shard is no image's
+
+    def read(self, indices: Indices, first: int, count: int) -> torch.Tensor:
+        images = np.empty((len(indices), 3, *self.size), np.uint8)
+        for row, number in enumerate((indices + first).tolist()):
+            shard, place = divmod(number, self._prepared.images_per_shard)
+            images[row] = self._prepared.shard(shard)[place]
+        return torch.from_numpy(images)
+
+    def describe(self, count: int) -> str:
+        return self._prepared.describe(count)
+
+    def identity(self, first: int, count: int) -> Iterator[object]:
+        if self._prepared.kind == "synthetic":
+            yield from scene_identity(self._prepared.seed, first, count)
+            return
+        for name, size, crc, listed in self._prepared.images(first, count):
+            yield [name, size, crc if self.in_memory else listed]
+
+    def checksums(self, first: int, count: int) -> list[int]:
+        """Of the files behind a set whose ``identity`` knows less than all of them."""
+        if self.in_memory or self._prepared.kind == "synthetic":
+            return []
+        return [crc for _, _, crc, _ in self._prepared.images(first, count)]
 
 
 class SceneStore:
@@ -205,8 +225,8 @@ class SceneStore:
         return f"synthetic scenes, seed {self.seed}: {count:,} images"
 
     def identity(self, first: int, count: int) -> list[object]:
-        return ["synthetic", synthetic.VERSION, self.seed, first, count]
+        return scene_identity(self.seed, first, count)
 
 
-def _num_cores() -> int:
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def scene_identity(seed: int, first: int, count: int) -> list[object]:
+    return ["synthetic", synthetic.VERSION, seed, first, count]
