@@ -70,6 +70,14 @@ class ModelConfig(Section):
     """Channels after the first convolution; absent: dim // 3 · 2."""
     resnet_block_groups: Positive = 8
     """Groups of every group normalisation."""
+    position_conditioning: bool = True
+    """Tell the network where a patch lies (the paper's first conditioning); false for an ablation."""
+    global_content: bool = True
+    """Show the network the whole image at the patch's size (the paper's second conditioning); false for an ablation."""
+    alternating_grid: bool = False
+    """Shift the grid of patches by half a patch, around the image's edges, in every other step of training and of sampling, so
+    that no pair of pixels always lies on a border. Same memory and time; not in the paper, and its weights differ from those
+    without it."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -86,6 +94,11 @@ class ModelConfig(Section):
     def num_patches(self) -> int:
         return self.patch_divider**2
 
+    @property
+    def num_positions(self) -> int:
+        """Places that a patch can have: of one grid, or of two."""
+        return self.num_patches * (2 if self.alternating_grid else 1)
+
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
         if self.dim_mults[0] != 1:
@@ -97,6 +110,8 @@ class ModelConfig(Section):
                 f"dim {self.dim} does not fit: it must be even, at least 4 and divisible by resnet_block_groups "
                 f"({self.resnet_block_groups}); for example {nearest}"
             )
+        if self.alternating_grid and not self.position_conditioning:
+            raise ValueError("alternating_grid needs position_conditioning, which tells the network on which grid a patch lies")
         d, levels = self.patch_divider, len(self.dim_mults)
         unit = d * 2 ** (levels - 1)
         if any(side % unit for side in self.size):

@@ -24,11 +24,11 @@ class Gaussian:
     mean, deviation = 0.2, 0.25
 
     def __init__(self, prediction_type: str = "epsilon", size: int = 8) -> None:
-        self.config = SimpleNamespace(channels=3, size=(size, size), patch_divider=2)
+        self.config = SimpleNamespace(channels=3, size=(size, size), patch_divider=2, alternating_grid=False)
         self.prediction_type = prediction_type
         self.alphas_cumprod = Diffusion(DiffusionConfig()).alphas_cumprod_float64
 
-    def __call__(self, x_t: Tensor, t: Tensor, patch_batch_size: int | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, patch_batch_size: int | None = None, grid: int = 0) -> Tensor:
         a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         gain = a.sqrt() * self.deviation**2 / (a * self.deviation**2 + 1 - a)
         x_start = self.mean + gain * (x_t.double() - a.sqrt() * self.mean)
@@ -115,7 +115,7 @@ def test_ddpm_step_is_that_of_diffusers(t: int, prediction_type: str, monkeypatc
     hand_over(noise, monkeypatch)
     expected = theirs.step(output, t, x_t).prev_sample
 
-    def model(x: Tensor, t: Tensor, patch_batch_size: int | None = None) -> Tensor:
+    def model(x: Tensor, t: Tensor, patch_batch_size: int | None = None, grid: int = 0) -> Tensor:
         return output.clone()
 
     for step in (t, torch.tensor([t, t])):

@@ -9,7 +9,6 @@ How the parts do with little memory is in ``lean`` (normalisations) and ``attent
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 
 import torch
@@ -105,37 +104,3 @@ class LinearAttention(SelfAttention):
 
     def attend(self, x: Tensor) -> Tensor:
         return self.out_norm(linear_attention([self.norm(x)], self.qkv, self.out), overwrite=True)
-
-
-def sinusoidal(t: Tensor, width: int) -> Tensor:
-    """Timesteps (R) as sines then cosines of frequencies exp(−ln(10000)·i / (width/2 − 1)): R × width, float32."""
-    half = width // 2
-    # In float32, as released: rounding a frequency differently moves its angle by up to t times that.
-    frequencies = torch.exp(torch.arange(half, device=t.device) * -(math.log(10_000) / (half - 1)))
-    angles = t[:, None] * frequencies
-    return torch.cat((angles.sin(), angles.cos()), dim=1)
-
-
-class Embedding(nn.Module):
-    """When and where: timestep and patch position to one vector of width 4·dim.
-
-    A sum of a part that knows the time and one that knows the position: a step needs N of one and d² of the other, not N·d².
-    """
-
-    def __init__(self, dim: int, num_patches: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.time = nn.Linear(dim, dim)
-        self.position = nn.Linear(num_patches, dim)
-        self.join = nn.Linear(2 * dim, 4 * dim)
-
-    def when(self, t: Tensor) -> Tensor:
-        """Of timesteps (int64, any number R): R × 4·dim."""
-        return F.linear(F.gelu(self.time(sinusoidal(t, self.dim))), self.join.weight[:, : self.dim], self.join.bias)
-
-    def where(self, position: Tensor) -> Tensor:
-        """Of one-hot patch indices R × d²: R × 4·dim."""
-        return F.linear(F.gelu(self.position(position)), self.join.weight[:, self.dim :])
-
-    def forward(self, t: Tensor, position: Tensor) -> Tensor:
-        return self.when(t) + self.where(position)  # R × 4·dim

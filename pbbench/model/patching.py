@@ -74,6 +74,15 @@ def write_rows(out: Tensor, patches: Tensor, rows: slice, d: int) -> None:
         done += n.stop - n.start
 
 
+def shift(images: Tensor, d: int, grid: int) -> Tensor:
+    """The images as ``grid`` divides them: grid 0 as they are; grid 1 moved up and left by half a patch, around the edges, so
+    that the middle of what were four patches' corners becomes one patch. ``grid`` −1 moves back. N C H W, a copy unless 0."""
+    if grid == 0:
+        return images
+    h, w = images.shape[-2] // d, images.shape[-1] // d
+    return torch.roll(images, (-grid * (h // 2), -grid * (w // 2)), dims=(-2, -1))
+
+
 def row_images(rows: slice, num_images: int, device: torch.device) -> Tensor:
     """The image n of each row: R, int64."""
     return torch.arange(rows.start, rows.stop, device=device) % num_images
@@ -84,9 +93,19 @@ def row_patches(rows: slice, num_images: int, device: torch.device) -> Tensor:
     return torch.arange(rows.start, rows.stop, device=device) // num_images
 
 
-def patch_position(rows: slice, num_images: int, d: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Where the patch of each row lies: one-hot of its index k, R × d²."""
-    return (row_patches(rows, num_images, device)[:, None] == torch.arange(d * d, device=device)).to(dtype)
+def patch_position(
+    rows: slice,
+    num_images: int,
+    d: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    grid: int = 0,
+    grids: int = 1,
+) -> Tensor:
+    """Where the patch of each row lies: one-hot of its index k on its grid, R × d²·grids."""
+    place = row_patches(rows, num_images, device) + grid * d * d
+    return (place[:, None] == torch.arange(d * d * grids, device=device)).to(dtype)
 
 
 def global_content(x_t: Tensor, d: int) -> Tensor:
