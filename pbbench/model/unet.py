@@ -10,6 +10,7 @@ Source: Arakawa et al., CVPRW 2023 (arXiv 2304.07087); widths and blocks as in t
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -162,8 +163,8 @@ class PatchUNet(nn.Module):
     def _denoise(self, x_t: Tensor, content: Tensor | None, rows: slice, embedding: Tensor) -> Tensor:
         """One pass: the patches of ``rows``, with their conditioning, through the network. Returns R C h w."""
         d = self.config.patch_divider
-        x = network_input(x_t, content, rows, d) if self.config.global_content else split(x_t, d, rows)
-        return self._network(x, embedding).to(x_t.dtype)
+        make = partial(network_input, x_t, content, rows, d) if self.config.global_content else partial(split, x_t, d, rows)
+        return self._network(make(), embedding).to(x_t.dtype)  # no name here: the network drops its input once read
 
     def _network(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The U-Net proper: R 2C h w (R C h w without global content) → R C h w. The skip of the first level is not kept."""
