@@ -182,6 +182,8 @@ def markdown(rows: Sequence[Row], device: str) -> str:
         "written without any savings (above 1 is faster); *over d = 1* is the time against the undivided image.",
     ]
     for step, title in STEPS.items():
+        if all(r["step"] != step for r in rows):
+            continue
         lines += ["", f"## {title}", ""]
         lines += ["| image | batch | d | patches a pass | recompute | ms per image | speed | against plain | over d = 1 |"]
         lines += ["|---|---:|---:|---|---|---:|---:|---:|---:|"]
@@ -233,6 +235,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[4])
     parser.add_argument("--dividers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--chunks", nargs="+", default=["all", "index"], help="patches a pass: all, index or numbers")
+    parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--seconds", type=float, default=150, help="all rounds together, building not counted")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/speed"))
@@ -240,7 +243,8 @@ def main(words: Sequence[str] | None = None) -> None:
     machine = environment.probe(asked.device)
     device = machine["device"]
     shapes = product(asked.image_size, asked.batch_size)
-    chosen = [v for size, batch in shapes for v in variants(asked.dim, size, batch, asked.dividers, asked.chunks)]
+    every = [v for size, batch in shapes for v in variants(asked.dim, size, batch, asked.dividers, asked.chunks)]
+    chosen = [variant for variant in every if variant["step"] in asked.steps]
     if not chosen:
         parser.error("no image size divides by any of the dividers")
     rows = measure(chosen, device, asked.seconds)
