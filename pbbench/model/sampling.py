@@ -67,7 +67,8 @@ def _predict_x_start(
     model: PatchUNet, diffusion: Diffusion, x_t: Tensor, t: Tensor, patch_batch_size: int | None, grid: int
 ) -> Tensor:
     """x_0 as the network sees it, clipped to the range of images as released. ``t`` counts the chain's steps."""
-    model_output = model(x_t, diffusion.timesteps[t], patch_batch_size=patch_batch_size, grid=grid)
+    divided = {"grid": grid} if grid else {}  # any other model need not know of grids
+    model_output = model(x_t, diffusion.timesteps[t], patch_batch_size=patch_batch_size, **divided)
     return diffusion.predict_x_start(model_output, x_t, t, overwrite=True).clamp_(-1, 1)
 
 

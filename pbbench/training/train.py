@@ -74,12 +74,13 @@ def train_step(
     target = shift(diffusion.target(x_start, t, noise), d, grid)  # N C H W
     # Last first: where one chunk is smaller, it runs before there are gradients to hold, and smaller chunks never need more.
     chunks = row_chunks(x_start.shape[0] * d * d, patch_batch_size)[::-1]
+    divided = {"grid": grid} if grid else {}
     mean_loss = torch.zeros((), device=x_start.device)
     for rows in chunks:
         # Processes exchange gradients once, in the last chunk's backward.
         with nullcontext() if rows is chunks[-1] else accelerator.no_sync(model):
             with accelerator.autocast():
-                output = model(x_t, t, rows=rows, grid=grid)  # R C h w
+                output = model(x_t, t, rows=rows, **divided)  # R C h w
                 loss = diffusion.loss(output, split(target, d, rows), total=target.numel())
             accelerator.backward(loss)
         mean_loss += loss.detach()
