@@ -16,7 +16,8 @@ from pbbench.config import load_experiment, parse_experiment
 from pbbench.errors import InputError
 from pbbench.records import CATEGORIES, read_cells
 from pbbench.sweep.grid import plan
-from pbbench.sweep.run import run_cell, run_sweep
+from pbbench.sweep.local import run_cell
+from pbbench.sweep.run import run_sweep
 
 TINY = """
 name = "tiny"
