@@ -263,17 +263,6 @@ def test_a_worker_leaves_when_its_parent_is_killed(tmp_path):
     worker.stdout.close()
 
 
-def test_two_sweeps_on_one_folder_the_second_is_refused(tmp_path):
-    import fcntl
-
-    out = tmp_path / "out"
-    out.mkdir()
-    with (out / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another sweep"):
-            run_sweep(tiny(), "cpu", out, resume=False, any_environment=False, listener=Deaf())
-
-
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("four years")
     for resume in (False, True):

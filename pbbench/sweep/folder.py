@@ -76,26 +76,31 @@ def finished(out: Path) -> dict[str, str]:
     return {path.stem: read_cell(path).status for path in sorted((out / "cells").glob("*.json"))}
 
 
+def check_settings(experiment: Experiment, out: Path, *, resume: bool) -> None:
+    """Raises InputError where the folder holds anything but the beginning of this very sweep; writes nothing."""
+    settings = out / "experiment.toml"
+    occupied = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if occupied and not resume:
+        raise InputError(f"{out} is not empty ({', '.join(occupied[:4])}); continue it with --resume, or choose another --out")
+    if occupied not in ([], ["environment.json"]) and not settings.exists():
+        raise InputError(
+            f"--resume: {out} holds no sweep (no experiment.toml, but {', '.join(occupied[:4])}); choose another --out"
+        )
+    if settings.exists():
+        changed = differences(parse_experiment(read_toml(settings), str(settings)), experiment)
+        changed = [line for line in changed if not line.startswith(_MAY_DIFFER)]
+        if changed:
+            raise InputError(f"--resume: {out} was started with other settings: {'; '.join(changed[:6])}")
+
+
 def settle_settings(experiment: Experiment, out: Path, *, resume: bool) -> None:
     """Write the settings, or check that the folder was begun with the same. The head is locked by the caller.
 
     Resuming a folder that is absent, empty or was left before its settings were written starts the sweep.
     """
-    settings = out / "experiment.toml"
-    occupied = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
-    if occupied and not resume:
-        raise InputError(f"{out} is not empty ({', '.join(occupied[:4])}); continue it with --resume, or choose another --out")
-    if occupied and not settings.exists():
-        raise InputError(
-            f"--resume: {out} holds no sweep (no experiment.toml, but {', '.join(occupied[:4])}); choose another --out"
-        )
-    if not settings.exists():
-        write_text(settings, experiment.to_toml())
-        return
-    changed = differences(parse_experiment(read_toml(settings), str(settings)), experiment)
-    changed = [line for line in changed if not line.startswith(_MAY_DIFFER)]
-    if changed:
-        raise InputError(f"--resume: {out} was started with other settings: {'; '.join(changed[:6])}")
+    check_settings(experiment, out, resume=resume)
+    if not (out / "experiment.toml").exists():
+        write_text(out / "experiment.toml", experiment.to_toml())
 
 
 def settle_environment(out: Path, now: dict[str, Any], *, any_environment: bool) -> None:

@@ -83,14 +83,16 @@ def run_sweep(
     mine = shard.of(cells) if shard else cells
     if executor == "slurm":
         slurm.check_installed()
-    environment = environments.probe(device) if executor == "local" else None
+    resume = resume or shard is not None
     with folder.Claims(out) as claims, _terminated_like_ctrl_c():
-        if environment is not None:
+        if executor == "local":
             claims.take(folder.CELLS + cells.index(cell) for cell in mine)
         else:
             claims.take([folder.SUBMITTER])
+        folder.check_settings(experiment, out, resume=resume)
+        environment = environments.probe(device) if executor == "local" else None
         with claims.waiting_for(folder.HEAD):
-            folder.settle_settings(experiment, out, resume=resume or shard is not None)
+            folder.settle_settings(experiment, out, resume=resume)
             if environment is not None:
                 folder.settle_environment(out, environment, any_environment=any_environment)
             done = folder.finished(out)

@@ -1,8 +1,8 @@
 """One cell, one fresh process: ``python -m pbbench.sweep.worker``, a job on stdin, JSON lines on stdout.
 
 The worker writes no results; it tells its parent what happened, line by line ({"event": "phase", "row", "progress", "note",
-"detail", "error", "disk" or "done"}), so that whatever kills it, what it had measured is kept. When the parent dies, stdin closes and
-the worker leaves at once: no orphan goes on computing beside a resumed sweep.
+"detail", "error", "disk" or "done"}), so that whatever kills it, what it had measured is kept. When the parent dies, stdin
+closes and the worker leaves at once: no orphan goes on computing beside a resumed sweep.
 
 A measured workload: build (phase load) → cold step, metered → warm-up → warm steps, metered and timed → one traced step,
 untimed, which counts live bytes; on CUDA and where asked for, one more, of which torch writes its memory snapshot. Sampling
@@ -196,20 +196,11 @@ def run_job(job: dict[str, Any], emit: Emit) -> None:
             emit("disk", message=told)
             return
         status, what = failure(error, phase)
-        row = {
-            **base_row(experiment, cell, job["device"]),
-            "status": status,
-            "phase": _column(cell),
-            **unmeasured(status, what),
-        }
-        emit("row", row=row)
+        row_phase = "quality" if cell.kind == "quality" else "load"  # of a cell that failed as a whole; the error says where
+        row = {**base_row(experiment, cell, job["device"]), "status": status, "phase": row_phase}
+        emit("row", row={**row, **unmeasured(status, what)})
         emit("error", status=status, error=what)
     emit("done")
-
-
-def _column(cell: Cell) -> str:
-    """The phase that a cell which failed as a whole has in its row; its error names the part (train, sample, score)."""
-    return "quality" if cell.kind == "quality" else "load"
 
 
 def _leave_with_parent() -> None:
