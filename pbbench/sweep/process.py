@@ -22,6 +22,7 @@ from pbbench.records import CellResult, Row
 from pbbench.sweep.grid import Cell
 from pbbench.sweep.rows import base_row
 
+COMMAND = (sys.executable, "-m", "pbbench.sweep.worker")
 SAVING_SECONDS = 20.0
 """How long a training that is told to stop may take to save what it has."""
 
@@ -45,7 +46,7 @@ class Worker:
             errors = self.log.open("w")
         with errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pbbench.sweep.worker"],
+                COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
