@@ -44,5 +44,5 @@ def writing_to(path: str | PathLike[str], *kinds: type[Exception]) -> Iterator[N
     try:
         yield
     except caught as error:
-        remedy = "make room, then run it again with --resume" if _no_room(error) else "choose another folder"
+        remedy = "make room, then go on (a sweep or a training with --resume)" if _no_room(error) else "choose another folder"
         raise StorageError(f"cannot write to {path} ({one_line(error)[:150]}); {remedy}") from None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -222,6 +223,7 @@ def _emitter(stream: TextIO) -> Emit:
 
 
 def main() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's warning to a whole job; the parent minds it
     job = json.loads(sys.stdin.readline())
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the events
