@@ -1,7 +1,8 @@
 """Sweeps without torch: a stand-in for the worker that says what a real one says, for tests of what happens around it.
 
 Run as ``python fake_sweeps.py worker DIARY BEHAVIOUR`` it is a cell's process; as ``python fake_sweeps.py sweep OUT SHARD
-DIARY`` a sweep of its own in another process. Every cell writes a line when it begins and one when it ends into the diary.
+DIARY BEHAVIOUR`` a sweep of its own in another process. Every cell writes a line into the diary when it begins, another when
+it ends.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {"device": "cpu", "gpus": [], "torch": "none"}
-SECONDS = 0.15
+SECONDS = 0.08
 """How long a cell takes."""
 
 
@@ -84,11 +85,11 @@ def _worker(diary: Path, behaviour: str) -> None:
     say(event="done")
 
 
-def _sweep(out: Path, shard: str, diary: Path) -> None:
+def _sweep(out: Path, shard: str, diary: Path, behaviour: str) -> None:
     from pbbench.errors import InputError
     from pbbench.sweep import process, run
 
-    process.COMMAND = command(diary)  # type: ignore[assignment]
+    process.COMMAND = command(diary, behaviour)  # type: ignore[assignment]
     run.environments.probe = lambda device: ENVIRONMENT  # type: ignore[assignment]
     part = None if shard == "all" else run.Shard.parse(shard)
     try:
@@ -98,6 +99,9 @@ def _sweep(out: Path, shard: str, diary: Path) -> None:
     except InputError as error:
         print(f"refused: {error}")
         return
+    except KeyboardInterrupt:
+        print("stopped")
+        return
     print(f"fine {done.fine} complete {done.complete}")
 
 
@@ -105,4 +109,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "worker":
         _worker(Path(sys.argv[2]), sys.argv[3])
     else:
-        _sweep(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+        _sweep(Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]), sys.argv[5])

@@ -54,8 +54,8 @@ def gpus(*names: str) -> list[dict[str, str]]:
     return [{"name": name, "uuid": f"test-{os.getpid()}-{number}"} for number, name in enumerate(names)]
 
 
-def other_process(out: Path, shard: str, diary: Path) -> subprocess.Popen[str]:
-    words = [sys.executable, fake_sweeps.__file__, "sweep", str(out), shard, str(diary)]
+def other_process(out: Path, shard: str, diary: Path, behaviour: str = "ok") -> subprocess.Popen[str]:
+    words = [sys.executable, fake_sweeps.__file__, "sweep", str(out), shard, str(diary), behaviour]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
