@@ -75,6 +75,8 @@ def _worker(diary: Path, behaviour: str) -> None:
     if behaviour == "saves":
         signal.signal(signal.SIGTERM, lambda *_: (note("saved"), os._exit(0)))
         say(event="phase", phase="train")
+    if behaviour == "ended by SIGTERM":
+        os.kill(os.getpid(), signal.SIGTERM)
     if behaviour in ("hangs", "saves"):
         time.sleep(600)
     say(event="phase", phase="sample_step")

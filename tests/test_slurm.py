@@ -140,11 +140,11 @@ def test_a_job_that_vanishes_is_a_row_with_its_cause(tmp_path: Path, queue: Any,
 
 
 def test_a_job_that_is_queued_again_is_waited_for(tmp_path: Path, queue: Any) -> None:
-    queue("RUNNING", "PENDING", "RUNNING", "runs")
+    queue("RUNNING", "COMPLETING", "PENDING", "RUNNING", "runs")
     ears = Ears()
     assert sweep(tmp_path / "out", ears).fine
     first = plan(experiment())[0]
-    assert ("note", f"{first.id}: its job is pending again") in ears.heard
+    assert ("note", f"{first.id}: its job waits in the queue again") in ears.heard
 
 
 def test_a_job_that_cannot_go_on_ends_the_sweep_and_the_other_jobs(tmp_path: Path, queue: Any) -> None:
@@ -244,6 +244,22 @@ def test_before_a_job_is_requeued_its_training_saves(tmp_path: Path, diary: Path
     assert [line["what"] for line in read_diary(diary)] == ["began", "saved"]
     assert not (tmp_path / "out/cells").exists()  # an interrupted cell is no result
     assert again[0].function == replace(job, running={})
+
+
+def test_a_worker_that_a_preemption_ended_is_no_result(tmp_path: Path, diary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's SIGTERM reaches the worker first; the job itself is ended later, and is queued again."""
+    monkeypatch.setattr(process, "COMMAND", command(diary, "ended by SIGTERM"))
+    waited: list[float] = []
+
+    def ended_by_slurm(seconds: float) -> None:
+        waited.append(seconds)
+        sys.exit(-1)
+
+    monkeypatch.setattr(slurm.time, "sleep", ended_by_slurm)
+    with pytest.raises(SystemExit):
+        job_of(tmp_path / "out")()
+    assert waited == [slurm.PREEMPTION_SECONDS]
+    assert not (tmp_path / "out/cells").exists()
 
 
 def test_a_worker_outlives_the_signal_that_warns_its_job() -> None:

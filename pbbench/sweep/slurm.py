@@ -33,6 +33,9 @@ CLUSTER = "slurm"
 POLL_SECONDS = 5.0
 GONE_SECONDS = 60.0
 """A job that has left the queue without a result is given up after so long: a network file system may show files late."""
+PREEMPTION_SECONDS = 600.0
+"""Slurm tells every process of a job by SIGTERM that it is preempted or cancelled, and ends it when the grace time is over. A
+worker that SIGTERM ended is therefore no result until the job has lived on for so long."""
 SIGNAL_SECONDS = 90
 """Slurm's warning before the time limit: enough to save a training."""
 
@@ -75,7 +78,7 @@ class CellJob:
             )
             _, result, _ = next(ended)
             if result.status == "killed" and "SIGTERM" in result.error["message"]:
-                time.sleep(SAVING_SECONDS)  # a preemption tells every process; submitit's own signal follows, and requeues
+                time.sleep(PREEMPTION_SECONDS)
             write_cell(out, result)
             ended.close()
 
@@ -198,8 +201,8 @@ def _tell(cell: Cell, entry: _Waiting, state: str | None, listener: Listener) ->
             entry.began = time.monotonic()
             listener.cell_started(cell)
             listener.cell_event(cell, {"event": "phase", "phase": "job"})
-        elif entry.state == "RUNNING":
-            listener.cell_event(cell, {"event": "note", "text": f"{cell.id}: its job is {state.lower()} again"})
+        elif entry.state is not None and state in ("PENDING", "REQUEUED"):
+            listener.cell_event(cell, {"event": "note", "text": f"{cell.id}: its job waits in the queue again"})
         entry.state = state
 
 
