@@ -112,6 +112,12 @@ def sweep(
         bool, typer.Option("--dry-run", help="List the cells with their predicted peaks, and nothing more.")
     ] = False,
     memory_only: Annotated[bool, typer.Option("--memory-only", help="Memory and speed only: no training, no scores.")] = False,
+    executor: Annotated[
+        str, typer.Option("--executor", metavar="local|slurm", help="Here, one cell per GPU, or as an array job of Slurm.")
+    ] = "local",
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Only cells I, I+N, ... of the plan, for other schedulers.")
+    ] = None,
 ) -> None:
     """Measure memory, speed and quality of each patch divider, and write the report."""
     from rich.console import Console
@@ -120,8 +126,13 @@ def sweep(
     from pbbench.report import terminal_table
     from pbbench.sweep.grid import plan
     from pbbench.sweep.live import LiveView
-    from pbbench.sweep.run import run_sweep
+    from pbbench.sweep.run import Shard, run_sweep
 
+    if executor not in ("local", "slurm"):
+        raise InputError(f"--executor {executor!r} is not known; choose local or slurm")
+    if shard and out is None:
+        raise InputError("--shard: name the folder that all shards share with --out")
+    part = Shard.parse(shard) if shard else None
     axes = _axes(dividers, patch_batch_size, batch_size)
     overrides = _overrides(
         set_, sweep={**axes, "quality": False if memory_only else None}, model=_divider_section(axes["dividers"])
@@ -130,11 +141,14 @@ def sweep(
         out = _newest_run()
     if resume and out and (out / "experiment.toml").exists() and not (overrides or experiment or preset):
         experiment = out / "experiment.toml"
-    found: str | None = None
+    # The machine that submits to Slurm need not have a GPU; each job looks at its own.
+    found = None if executor == "local" else device or "cuda"
     if experiment is None and preset is None:
-        found = str(probe(device or "auto")["device"])
-        preset = {"cpu": "cpu", "cuda": "gpu"}[found]
+        found = found or str(probe(device or "auto")["device"])
+        preset = {"cpu": "cpu"}.get(found, "gpu")
     settings = load_experiment(experiment, preset, overrides)
+    if executor == "slurm" and device is None and settings.device != "auto":
+        found = settings.device
     found = found or str(probe(device or settings.device)["device"])
     settings = settings.model_copy(update={"device": found})
     cells = plan(settings)
@@ -146,10 +160,22 @@ def sweep(
         return
     out = out or Path("results") / f"sweep-{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
     with LiveView(console) as view:
-        fine = run_sweep(settings, found, out, resume=resume, any_environment=any_environment, listener=view)
+        ended = run_sweep(
+            settings,
+            found,
+            out,
+            resume=resume,
+            any_environment=any_environment,
+            listener=view,
+            executor="slurm" if executor == "slurm" else "local",
+            shard=part,
+        )
+    if not ended.complete:
+        console.print(f"this shard is done; the report follows with the last one, or by pbbench report {out}", highlight=False)
+        raise typer.Exit(0 if ended.fine else 1)
     Console().print(terminal_table(out))
     console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-    raise typer.Exit(0 if fine else 1)
+    raise typer.Exit(0 if ended.fine else 1)
 
 
 def _newest_run() -> Path:

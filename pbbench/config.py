@@ -277,6 +277,22 @@ class SweepConfig(Section):
         return tuple(dict.fromkeys(values))
 
 
+class SlurmConfig(Section):
+    """What ``--executor slurm`` asks of the scheduler for each cell; one GPU each, none where the device is the CPU."""
+
+    partition: str | None = None
+    """Absent: the cluster's default."""
+    minutes_per_cell: Positive = 24 * 60
+    """Time limit of a job. A cell that reaches it is queued again, up to three times, and its training goes on."""
+    memory_gib: Positive | None = None
+    """Host memory; absent: the cluster's default."""
+    cpus_per_cell: Positive = 4
+    max_parallel: Positive = 64
+    """Cells that may run at the same time."""
+    extra: dict[str, str | int] = Field(default_factory=dict)
+    """Any other option of sbatch, by its long name: {account = "vision", qos = "low", constraint = "h200"}."""
+
+
 class Experiment(Section):
     """One run, whole. ``seed`` governs weights, data order, timesteps and training noise."""
 
@@ -292,6 +308,7 @@ class Experiment(Section):
     sampling: SamplingConfig = SamplingConfig()
     quality: QualityConfig = QualityConfig()
     sweep: SweepConfig = SweepConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     def with_divider(self, patch_divider: int) -> Experiment:
         """The same experiment at another divider, checked again. Raises InputError where the image does not divide."""

@@ -67,6 +67,8 @@ def collect(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": device,
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "gpus": _gpus() if on_gpu else [],
+        "gpu_count": torch.cuda.device_count() if on_gpu else 0,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if on_gpu else None,
         "driver": _driver(reasons),
         "cuda": torch.version.cuda,
@@ -100,6 +102,14 @@ def collect(device: str) -> dict[str, Any]:
         for key in ("gpu", "gpu_memory_bytes", "cudnn", "allocator_backend"):
             reasons[key] = "the run is on the CPU"
     return {**found, "reasons": reasons}
+
+
+def _gpus() -> list[dict[str, str]]:
+    """Every GPU this process may use: its name, and an identity that does not depend on what is visible."""
+    import torch
+
+    found = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [{"name": gpu.name, "uuid": str(getattr(gpu, "uuid", index))} for index, gpu in enumerate(found)]
 
 
 def _driver(reasons: dict[str, str]) -> str | None:

@@ -6,7 +6,7 @@ import os
 import pytest
 from pydantic import ValidationError
 
-from pbbench.errors import InputError
+from pbbench.errors import InputError, StorageError
 from pbbench.records import COLUMNS, SCHEMA_VERSION, CellResult, Row, format_bytes, read_cell, read_cells, rows_of, write_cell
 
 
@@ -37,7 +37,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match=r"d1-p8-b8-no\.json .*No space .*make room"):
         write_cell(tmp_path, cell(seconds_per_step=2.0))
     assert read_cells(tmp_path)[0].rows[0].seconds_per_step == 1.0
     assert [p.name for p in (tmp_path / "cells").iterdir()] == ["d1-p8-b8-no.json"]

@@ -16,7 +16,8 @@ from pbbench.config import load_experiment, parse_experiment
 from pbbench.errors import InputError
 from pbbench.records import CATEGORIES, read_cells
 from pbbench.sweep.grid import plan
-from pbbench.sweep.run import run_cell, run_sweep
+from pbbench.sweep.local import run_cell
+from pbbench.sweep.run import run_sweep
 
 TINY = """
 name = "tiny"
@@ -260,17 +261,6 @@ def test_a_worker_leaves_when_its_parent_is_killed(tmp_path):
     worker.stdin.close()
     assert worker.wait(timeout=20) == 1
     worker.stdout.close()
-
-
-def test_two_sweeps_on_one_folder_the_second_is_refused(tmp_path):
-    import fcntl
-
-    out = tmp_path / "out"
-    out.mkdir()
-    with (out / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another sweep"):
-            run_sweep(tiny(), "cpu", out, resume=False, any_environment=False, listener=Deaf())
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -1,11 +1,13 @@
 """What a person sees while a sweep runs: cells done, running and left, what the running one does, the time left.
 
-In a terminal a small panel is redrawn in place; elsewhere (a log, CI) one line per cell. Everything goes to stderr.
+Several cells may run at the same time, one on each GPU. In a terminal a small panel is redrawn in place; elsewhere (a log,
+CI) there is one line per cell. Everything goes to stderr.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +27,18 @@ WORDS = {
     "train": "training",
     "sample": "sampling",
     "score": "scoring",
+    "job": "running as a job",
 }
+
+
+@dataclass
+class _Running:
+    """A cell that runs and what it does."""
+
+    cell: Cell
+    doing: str = "starting"
+    began: float = field(default_factory=time.monotonic)
+    progress: dict[str, Any] = field(default_factory=dict)
 
 
 class LiveView:
@@ -36,10 +49,8 @@ class LiveView:
         self.cells: list[Cell] = []
         self.ended: dict[str, str] = {}
         self.seconds: dict[str, list[float]] = {}
-        self.running: Cell | None = None
-        self.doing = ""
-        self.began = 0.0
-        self.progress: dict[str, Any] = {}
+        self.running: dict[str, _Running] = {}
+        self.at_once = 1
         self.notes: set[str] = set()
         self.bar = Progress(TextColumn("cells"), BarColumn(40), MofNCompleteColumn(), console=console)
         self.task = self.bar.add_task("", total=1)
@@ -63,19 +74,21 @@ class LiveView:
         self.console.print(f"{len(cells)} cells{again}", highlight=False)
 
     def cell_started(self, cell: Cell) -> None:
-        self.running, self.doing, self.began, self.progress = cell, "starting", time.monotonic(), {}
+        self.running[cell.id] = _Running(cell)
+        self.at_once = max(self.at_once, len(self.running))
 
     def cell_event(self, cell: Cell, event: dict[str, Any]) -> None:
-        if event["event"] == "phase":
-            self.doing, self.progress = WORDS.get(event["phase"], event["phase"]), {}
-        elif event["event"] == "progress":
-            self.progress = event
+        running = self.running.get(cell.id)
+        if running is not None and event["event"] == "phase":
+            running.doing, running.progress = WORDS.get(event["phase"], event["phase"]), {}
+        elif running is not None and event["event"] == "progress":
+            running.progress = event
         elif event["event"] == "note" and event["text"] not in self.notes:
             self.notes.add(event["text"])  # every quality cell reads the same images
             self.console.print(event["text"], highlight=False, markup=False)
 
     def cell_ended(self, cell: Cell, result: CellResult, seconds: float) -> None:
-        self.running = None
+        self.running.pop(cell.id, None)
         self.ended[cell.id] = result.status
         self.seconds.setdefault(cell.kind, []).append(seconds)
         self.bar.update(self.task, completed=len(self.ended))
@@ -84,13 +97,14 @@ class LiveView:
         self.console.print(line, soft_wrap=not self.console.is_terminal)
 
     def seconds_left(self) -> float | None:
-        """From the mean time of finished cells of each kind; None until one of every kind that is left has ended."""
+        """From the mean time of finished cells of each kind, and how many run at once; None until one of every kind that is
+        left has ended."""
         left = [cell for cell in self.cells if cell.id not in self.ended]
         if any(cell.kind not in self.seconds for cell in left):
             return None
         mean = {kind: sum(times) / len(times) for kind, times in self.seconds.items()}
-        gone = time.monotonic() - self.began if self.running else 0.0
-        return max(0.0, sum(mean[cell.kind] for cell in left) - gone)
+        gone = sum(time.monotonic() - running.began for running in self.running.values())
+        return max(0.0, sum(mean[cell.kind] for cell in left) - gone) / self.at_once
 
     def __rich__(self) -> RenderableType:
         if not self.cells:
@@ -98,11 +112,11 @@ class LiveView:
         left = self.seconds_left()
         remaining = "time left: not known yet" if left is None else f"about {_clock(left)} left"
         lines: list[RenderableType] = [self.bar, Text(remaining, style="dim")]
-        if self.running:
-            what = f"▸ {self.running.describe()} · {self.doing} · {_clock(time.monotonic() - self.began)}"
+        for running in self.running.values():
+            what = f"▸ {running.cell.describe()} · {running.doing} · {_clock(time.monotonic() - running.began)}"
             lines.append(Text(what, style="bold", overflow="ellipsis", no_wrap=True))
-        if self.progress:
-            lines.append(Text("  " + _progress(self.progress), overflow="ellipsis", no_wrap=True))
+            if running.progress:
+                lines.append(Text("  " + _progress(running.progress), overflow="ellipsis", no_wrap=True))
         return Group(*lines)
 
 

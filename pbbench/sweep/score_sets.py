@@ -8,6 +8,7 @@ sums are rounded.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def score_sets(
     Raises InputError where a set is absent or empty, a metric is unknown, or the Inception weights cannot be had: that first,
     so that a missing download is told in seconds and not after the images are read.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("pbbench fid runs in one process: draw with pbbench sample under torchrun, then score that folder")
     unknown = [name for name in metrics if name not in KNOWN]
     if unknown:
         raise InputError(f"--metrics: {unknown[0]!r} is not known; choose from {', '.join(KNOWN)}")

@@ -1,8 +1,8 @@
 """One cell, one fresh process: ``python -m pbbench.sweep.worker``, a job on stdin, JSON lines on stdout.
 
 The worker writes no results; it tells its parent what happened, line by line ({"event": "phase", "row", "progress", "note",
-"detail", "error" or "done"}), so that whatever kills it, what it had measured is kept. When the parent dies, stdin closes and
-the worker leaves at once: no orphan goes on computing beside a resumed sweep.
+"detail", "error", "disk" or "done"}), so that whatever kills it, what it had measured is kept. When the parent dies, stdin
+closes and the worker leaves at once: no orphan goes on computing beside a resumed sweep.
 
 A measured workload: build (phase load) → cold step, metered → warm-up → warm steps, metered and timed → one traced step,
 untimed, which counts live bytes; on CUDA and where asked for, one more, of which torch writes its memory snapshot. Sampling
@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import statistics
 import sys
 import threading
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pbbench.config import Experiment, parse_experiment
-from pbbench.errors import InputError, one_line
+from pbbench.errors import InputError, StorageError, is_storage_failure, one_line
 from pbbench.records import CATEGORIES, Row
 from pbbench.sweep.grid import Cell
 from pbbench.sweep.rows import Emit, base_row, columns_of, failure, unmeasured, with_reason, with_reasons
@@ -64,7 +65,7 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, run: Path, emi
                         work.run()
                     emit("detail", snapshot={phase: str(path.relative_to(run))})
             except Exception as error:
-                if isinstance(error, InputError):
+                if isinstance(error, InputError) or is_storage_failure(error):
                     raise
                 status, told = failure(error, current)
                 columns = with_reasons(unmeasured(status, told), predicted(experiment, cell, phase)[phase])
@@ -172,22 +173,34 @@ def _measure_step(
 
 
 def run_job(job: dict[str, Any], emit: Emit) -> None:
-    """Do one cell and say how it went. A mistake of the user's is told like a crash, by its one line."""
+    """Do one cell and say how it went. A mistake of the user's is told like a crash, by its one line; a disk that cannot be
+    written to is no failure of the cell's, and ends the sweep."""
     experiment = parse_experiment(job["experiment"], "the job")
     cell = Cell(**job["cell"])
+    phase = "load"
+
+    def noting(event: str, **values: Any) -> None:
+        nonlocal phase
+        phase = values["phase"] if event == "phase" else phase
+        emit(event, **values)
+
     try:
         if cell.kind == "measure":
-            measure(experiment, cell, job["device"], Path(job["run"]), emit)
+            measure(experiment, cell, job["device"], Path(job["run"]), noting)
         else:
             from pbbench.sweep.score import train_and_score
 
-            train_and_score(experiment, cell, job["device"], Path(job["run"]), emit)
+            train_and_score(experiment, cell, job["device"], Path(job["run"]), noting)
     except Exception as error:
-        phase = "quality" if cell.kind == "quality" else "load"
-        status, told = failure(error, phase)
-        row = {**base_row(experiment, cell, job["device"]), "status": status, "phase": phase, **unmeasured(status, told)}
-        emit("row", row=row)
-        emit("error", status=status, error=told)
+        if is_storage_failure(error):
+            told = str(error) if isinstance(error, StorageError) else f"cannot write to {job['run']} ({one_line(error)[:150]})"
+            emit("disk", message=told)
+            return
+        status, what = failure(error, phase)
+        row_phase = "quality" if cell.kind == "quality" else "load"  # of a cell that failed as a whole; the error says where
+        row = {**base_row(experiment, cell, job["device"]), "status": status, "phase": row_phase}
+        emit("row", row={**row, **unmeasured(status, what)})
+        emit("error", status=status, error=what)
     emit("done")
 
 
@@ -210,6 +223,7 @@ def _emitter(stream: TextIO) -> Emit:
 
 
 def main() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm's warning to a whole job; the parent minds it
     job = json.loads(sys.stdin.readline())
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to the log, not between the events

@@ -4,15 +4,18 @@ A checkpoint folder holds ``model.safetensors`` and ``ema.safetensors`` (the wei
 ``config.json`` (the resolved experiment, the step, the images seen) and, where training may go on from it,
 ``optimizer.safetensors`` and ``training_state.json``. A run's folder holds them as ``checkpoints/step-00002000``. A folder is
 filled under another name, flushed to disk and then renamed, so that one which has its proper name is complete, whenever the
-process was killed. There is no pickle anywhere: tensors are safetensors, the rest is JSON.
+process was killed; ``config.json`` holds the other files' checksums, which tell what a disk has lost or changed since, and a
+run is read at its last checkpoint that is whole. There is no pickle anywhere: tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 from pbbench import __version__
 from pbbench.config import Experiment, parse_experiment
-from pbbench.errors import InputError, one_line
+from pbbench.errors import InputError, one_line, writing_to
 from pbbench.model.unet import PatchUNet
 
 FORMAT = "pbbench-checkpoint"
@@ -48,30 +51,34 @@ def write_checkpoint(
     """Write a checkpoint folder; with ``optimizer`` and ``state`` (plain JSON values) training can go on from it.
 
     ``optimizer`` is an Adam over ``model.parameters()``, neither of them wrapped; ``images_seen`` None is unknown. Raises
-    InputError where ``folder`` already holds something.
+    InputError where ``folder`` already holds something, StorageError where it cannot be written (a full disk).
     """
+    from safetensors import SafetensorError
+
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already; name a new folder for the checkpoint")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".{folder.name}.unfinished-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        _write_tensors(aside / _FILES["model"], model.state_dict())
-        _write_tensors(aside / _FILES["ema"], ema_model.state_dict())
-        if optimizer is not None:
-            _write_tensors(aside / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
-            _write_json(aside / "training_state.json", {"step": step, "images_seen": images_seen, **(state or {})})
-        config = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "pbbench": __version__, "step": step}
-        config |= {"images_seen": images_seen, "experiment": experiment.model_dump(mode="json")}
-        _write_json(aside / "config.json", config)
-        _flush(aside)
-        os.replace(aside, folder)  # an empty folder of that name is replaced, too
-        _flush(folder.parent)
-    except BaseException:
+    with writing_to(folder, SafetensorError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
-        raise
+        aside.mkdir()
+        try:
+            _write_tensors(aside / _FILES["model"], model.state_dict())
+            _write_tensors(aside / _FILES["ema"], ema_model.state_dict())
+            if optimizer is not None:
+                _write_tensors(aside / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
+                _write_json(aside / "training_state.json", {"step": step, "images_seen": images_seen, **(state or {})})
+            config = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "pbbench": __version__, "step": step}
+            config |= {"images_seen": images_seen, "experiment": experiment.model_dump(mode="json")}
+            config["sha256"] = {path.name: _checksum(path) for path in sorted(aside.iterdir())}
+            _write_json(aside / "config.json", config)
+            _flush(aside)
+            os.replace(aside, folder)  # an empty folder of that name is replaced, too
+            _flush(folder.parent)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
     return folder
 
 
@@ -91,6 +98,42 @@ def checkpoints_of(out: Path) -> list[Path]:
         raise InputError(f"cannot look for checkpoints in {out} ({one_line(error)})") from None
 
 
+def what_is_broken(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used: a file absent, cut short or no longer what was written; None where it is whole."""
+    try:
+        for name, checksum in read_config(folder)["sha256"].items():
+            _compare(folder / name, checksum)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def last_good(out: Path) -> Path | None:
+    """The latest checkpoint of a run that is whole; None where there is no checkpoint at all. Those passed over are told on
+    stderr. Raises InputError where none is whole."""
+    found = checkpoints_of(out)
+    for path in reversed(found):
+        why = what_is_broken(path)
+        if why is None:
+            return path
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pbbench: {why}; looking for an earlier one", file=sys.stderr)
+    if found:
+        raise InputError(f"none of the checkpoints in {out / 'checkpoints'} is whole; move them away to begin again")
+    return None
+
+
+def set_aside_broken(out: Path, good: Path | None) -> None:
+    """Give what lies after the last good checkpoint another name, so that training can write those steps again."""
+    folder = out / "checkpoints"
+    for path in sorted(folder.glob("step-*")) if good is not None else ():
+        match = _STEP.fullmatch(path.name)
+        if match and good is not None and int(match[1]) > int(good.name.removeprefix("step-")):
+            aside = folder / f"broken-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+
+
 def prune(out: Path, keep: int = KEEP) -> None:
     """Remove all but the last ``keep`` checkpoints, and what a killed process left unfinished."""
     folder = out / "checkpoints"
@@ -101,7 +144,7 @@ def prune(out: Path, keep: int = KEEP) -> None:
 
 
 def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
-    """The checkpoint folder itself, or the latest one of a run's folder. Raises InputError where there is neither."""
+    """The checkpoint folder itself, or the latest whole one of a run's folder. Raises InputError where there is neither."""
     path = Path(folder)
     try:
         if (path / "config.json").is_file():
@@ -109,8 +152,8 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Path:
         exists, is_folder = path.exists(), path.is_dir()
     except OSError as error:
         raise InputError(f"cannot read the checkpoint {path} ({one_line(error)})") from None
-    if is_folder and (found := checkpoints_of(path)):
-        return found[-1]
+    if is_folder and (found := last_good(path)):
+        return found
     if not exists:
         raise InputError(f"there is no checkpoint folder at {path}; name a folder that pbbench train or convert wrote")
     if not is_folder:
@@ -128,7 +171,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     version = config.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise InputError(f"{path} has schema version {version!r}; this pbbench reads up to {SCHEMA_VERSION}: update pbbench")
-    for name, kinds in (("step", int), ("images_seen", (int, type(None))), ("experiment", dict)):
+    config.setdefault("sha256", {})  # checkpoints of before had none
+    for name, kinds in (("step", int), ("images_seen", (int, type(None))), ("experiment", dict), ("sha256", dict)):
         if not isinstance(config.get(name), kinds):
             raise InputError(f"{path} is broken: {name} is {config.get(name)!r}; use another checkpoint")
     return config
@@ -145,10 +189,11 @@ def load_model(
     if which not in _FILES:
         raise InputError(f"which={which!r}: a checkpoint holds 'ema' and 'model'")
     path = find_checkpoint(folder)
-    experiment = parse_experiment(read_config(path)["experiment"], f"{path / 'config.json'}")
+    config = read_config(path)
+    experiment = parse_experiment(config["experiment"], f"{path / 'config.json'}")
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn only to be replaced
         model = PatchUNet(experiment.model).to(device)
-    _read_tensors(path / _FILES[which], model.state_dict())
+    _read_tensors(path / _FILES[which], model.state_dict(), config)
     return model.eval().requires_grad_(False), experiment
 
 
@@ -163,9 +208,10 @@ def load_training_state(
         raise InputError(
             f"{folder} holds weights only, so training cannot go on from it; name a folder that pbbench train wrote"
         )
+    config = read_config(folder)
     state = _read_json(folder / "training_state.json")
-    _read_tensors(folder / _FILES["model"], model.state_dict())
-    _read_tensors(folder / _FILES["ema"], ema_model.state_dict())
+    _read_tensors(folder / _FILES["model"], model.state_dict(), config)
+    _read_tensors(folder / _FILES["ema"], ema_model.state_dict(), config)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             on_device = group.get("fused") or group.get("capturable")
@@ -175,7 +221,7 @@ def load_training_state(
                 "exp_avg": torch.zeros_like(parameter, requires_grad=False),
                 "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
             }
-    _read_tensors(folder / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
+    _read_tensors(folder / "optimizer.safetensors", _optimizer_tensors(model, optimizer), config)
     return state
 
 
@@ -195,8 +241,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     _flush(path)
 
 
-def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
-    """Copy a file's tensors into ``targets``; names and shapes must agree, and are checked before anything is copied."""
+def _read_tensors(path: Path, targets: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Copy a file's tensors into ``targets``; names, shapes and the file's checksum in ``config`` must agree, and are checked
+    before anything is copied."""
     from safetensors import safe_open
 
     with _readable(path), safe_open(path, framework="pt") as file:
@@ -209,9 +256,24 @@ def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> None:
             if found.get_shape() != list(target.shape) or found.get_dtype() != "F32":
                 text = f"{found.get_dtype()} {found.get_shape()}, expected F32 {list(target.shape)}"
                 raise InputError(f"{path}: the tensor {name} is {text}; it is of another network")
+        if path.name in config["sha256"]:
+            _compare(path, config["sha256"][path.name])
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(file.get_tensor(name))
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _compare(path: Path, checksum: str) -> None:
+    with _readable(path):
+        if _checksum(path) != checksum:
+            raise InputError(
+                f"{path} is broken: it is no longer what was written (its checksum differs); use another checkpoint"
+            )
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

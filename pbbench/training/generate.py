@@ -1,12 +1,15 @@
 """From a checkpoint to images: batches of uint8 samples, and a folder of PNG files.
 
-The image of an index is the same whatever the batch: its noise comes from (seed, image index, step).
+The image of an index is the same whatever the batch: its noise comes from (seed, image index, step). Several processes share
+the images out by whole batches, the batches that one process would draw, so that not even the rounding depends on their number.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ import torch
 from torch import Tensor
 
 from pbbench.config import Experiment, SamplingConfig, merge, parse_experiment
-from pbbench.errors import InputError, one_line
+from pbbench.errors import InputError, writing_to
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.sampling import sample, to_uint8
 from pbbench.model.unet import PatchUNet
+from pbbench.training.processes import Processes, joined_processes
 
 
 def generate(
@@ -29,23 +33,30 @@ def generate(
     progress: Callable[[dict[str, Any]], None] = lambda state: None,
 ) -> list[Tensor]:
     """Images 0 … num_images − 1 of ``config.seed`` as uint8 tensors (C, H, W) on the CPU."""
-    images: list[Tensor] = []
+    return [image for _, image in draw(model, diffusion, config, num_images, device, progress=progress)]
+
+
+def draw(
+    model: PatchUNet,
+    diffusion: Diffusion,
+    config: SamplingConfig,
+    num_images: int,
+    device: torch.device,
+    *,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    progress: Callable[[dict[str, Any]], None] = lambda state: None,
+) -> Iterator[tuple[int, Tensor]]:
+    """This process's share of the images 0 … num_images − 1, as (index, uint8 tensor of C, H, W on the CPU)."""
+    batches = list(range(0, num_images, config.batch_size))[processes.rank :: processes.count]
+    shares = [range(first, min(first + config.batch_size, num_images)) for first in batches]
+    total, done = sum(map(len, shares)), 0
     started = time.perf_counter()
-    for first in range(0, num_images, config.batch_size):
-        indices = range(first, min(first + config.batch_size, num_images))
+    for indices in shares:
         x = sample(model, diffusion, config, indices, device=device)  # N, C, H, W
-        images += to_uint8(x, config.to_uint8).cpu().unbind()
-        elapsed = time.perf_counter() - started
-        rate = len(images) / elapsed
-        progress(
-            {
-                "step": len(images),
-                "num_steps": num_images,
-                "images_per_second": rate,
-                "seconds_left": (num_images - len(images)) / rate,
-            }
-        )
-    return images
+        yield from zip(indices, to_uint8(x, config.to_uint8).cpu().unbind(), strict=True)
+        done += len(indices)
+        rate = done / (time.perf_counter() - started)
+        progress({"step": done, "num_steps": total, "images_per_second": rate, "seconds_left": (total - done) / rate})
 
 
 def sample_settings(experiment: Experiment, overrides: Iterable[dict[str, Any]]) -> Experiment:
@@ -62,41 +73,59 @@ def sample_settings(experiment: Experiment, overrides: Iterable[dict[str, Any]])
 def sample_to_folder(
     checkpoint: Path, num_images: int, out: Path, overrides: Iterable[dict[str, Any]], device_name: str
 ) -> Path:
-    """Write ``num_images`` PNG files, 000000.png and on, into ``out``, which must be empty or new. Returns ``out``."""
-    from pbbench.training.checkpoint import load_model
+    """Write ``num_images`` PNG files, 000000.png and on, into ``out``, which must be empty or new. Returns ``out``.
 
-    device = torch.device(device_name)
-    model, experiment = load_model(checkpoint, device)
-    experiment = sample_settings(experiment, overrides)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} is not an empty folder; choose another, nothing is written over")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {one_line(error)}") from None
+    To be called by every process of a torchrun; each draws and writes its share, each file once and whole.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("sampling", total=num_images)
+    from pbbench.training.checkpoint import load_model
+
+    with joined_processes() as processes:
+        device = processes.device(device_name)
+        model, experiment = load_model(checkpoint, device)
+        experiment = sample_settings(experiment, overrides)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {out} is not an empty folder; choose another, nothing is written over")
+        with writing_to(out):
+            out.mkdir(parents=True, exist_ok=True)
+        processes.wait_for_all()  # every process has looked at the folder before one writes to it
         diffusion = Diffusion(experiment.diffusion, device)
-        images = generate(
-            model, diffusion, experiment.sampling, num_images, device, lambda state: bar.update(task, completed=state["step"])
-        )
-    save_images(images, out)
+        with Progress(console=Console(stderr=True), transient=True, disable=processes.rank > 0) as bar:
+            task = bar.add_task("sampling", total=num_images)
+
+            def told(state: dict[str, Any]) -> None:
+                bar.update(task, completed=state["step"], total=state["num_steps"])
+
+            images = draw(model, diffusion, experiment.sampling, num_images, device, processes=processes, progress=told)
+            for index, image in images:
+                save_png(image, out / f"{index:06}.png")
+        processes.wait_for_all()
     return out
 
 
 def save_images(images: Iterable[Tensor], folder: Path) -> None:
     """uint8 (C, H, W) as 000000.png and on."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         save_png(image, folder / f"{index:06}.png")
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """One uint8 (C, H, W) image of one or three channels."""
+    """One uint8 (C, H, W) image of one or three channels, whole or not at all. Raises StorageError where it cannot be
+    written. Not flushed to disk one by one: an image is quickly drawn again, and thousands of flushes are slow."""
     from PIL import Image
 
     pixels = image.permute(1, 2, 0).numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path)
+    encoded = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(encoded, "PNG")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing_to(path):
+        try:
+            aside.write_bytes(encoded.getvalue())
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise

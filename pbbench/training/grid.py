@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from pbbench.config import Experiment
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.sampling import sample, to_uint8
 from pbbench.model.unet import PatchUNet
+from pbbench.records import write_bytes
 
 
 def save_sample_grid(path: Path, model: PatchUNet, diffusion: Diffusion, experiment: Experiment, accelerator: Any) -> None:
@@ -45,5 +47,6 @@ def write_grid(path: Path, images: torch.Tensor) -> None:
         top, left = n // columns * (H + 1) + 1, n % columns * (W + 1) + 1
         canvas[:, top : top + H, left : left + W] = image
     pixels = canvas[0] if C not in (3, 4) else canvas.permute(1, 2, 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.contiguous().numpy()).save(path)
+    encoded = io.BytesIO()
+    Image.fromarray(pixels.contiguous().numpy()).save(encoded, "PNG")
+    write_bytes(path, encoded.getvalue())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pbbench.config import Experiment, TrainingConfig, differences, load_experiment, parse_experiment
 from pbbench.errors import InputError, one_line
 from pbbench.model.unet import PatchUNet
-from pbbench.training.checkpoint import checkpoints_of, read_config
+from pbbench.training.checkpoint import last_good, read_config
 
 
 def build_network(experiment: Experiment, device: str | torch.device = "cpu") -> PatchUNet:
@@ -87,7 +87,7 @@ def draw_noise(
 
 
 _MAY_DIFFER = (
-    "name", "device", "sampling.", "quality.", "sweep.", "data.source", "data.num_workers", "training.num_steps",
+    "name", "device", "sampling.", "quality.", "sweep.", "slurm.", "data.source", "data.num_workers", "training.num_steps",
     "training.save_every", "training.sample_every", "training.num_grid_samples", "training.trackers",
     "training.patch_batch_size", "training.recompute", "training.ema_device",
 )  # fmt: skip
@@ -110,10 +110,10 @@ def check_folder(out: Path, experiment: Experiment, resume: bool) -> Path | None
         raise InputError(f"{out} is not empty; go on with --resume, or name a new folder")
     if not (out / "experiment.toml").is_file():
         raise InputError(f"{out} is not the folder of a training run (no experiment.toml); name another")
-    saved = checkpoints_of(out)
-    if saved:
-        config = read_config(saved[-1])
-        old = parse_experiment(config["experiment"], str(saved[-1] / "config.json"))
+    saved = last_good(out)
+    if saved is not None:
+        config = read_config(saved)
+        old = parse_experiment(config["experiment"], str(saved / "config.json"))
     else:
         config, old = {"step": 0}, load_experiment(out / "experiment.toml")
     changed = [line for line in differences(old, experiment) if not line.startswith(_MAY_DIFFER)]
@@ -122,4 +122,4 @@ def check_folder(out: Path, experiment: Experiment, resume: bool) -> Path | None
     num_steps = experiment.training.num_steps
     if config["step"] > num_steps:
         raise InputError(f"{out} is at step {config['step']}; raise training.num_steps, which is {num_steps}")
-    return saved[-1] if saved else None
+    return saved

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pbbench.config import Experiment, resolve_patch_batch_size
-from pbbench.errors import InputError, one_line
+from pbbench.errors import InputError, writing_to
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.patching import row_chunks, shift, split
 from pbbench.model.unet import PatchUNet
@@ -208,7 +208,8 @@ class _Run:
                 folder, model=self.bare, ema_model=self.ema.network("cpu"), experiment=self.experiment, step=self.step,
                 images_seen=self.step * self.images_per_step, optimizer=self.adam, state=state,
             )  # fmt: skip
-            checkpoints.prune(self.out)
+            with writing_to(self.out):
+                checkpoints.prune(self.out)
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
@@ -250,11 +251,10 @@ def _train(
     )  # fmt: skip
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes to it
     if accelerator.is_main_process:
-        try:
+        with writing_to(out):
             write_text(out / "experiment.toml", experiment.to_toml())
+            checkpoints.set_aside_broken(out, resumed)
             checkpoints.prune(out)
-        except OSError as error:
-            raise InputError(f"cannot write to {out} ({one_line(error)}); name another folder") from None
     if section.trackers:
         accelerator.init_trackers("pbbench", config={"experiment": experiment.to_toml()})
     main = accelerator.is_main_process
