@@ -37,8 +37,7 @@ class Worker:
         self.result = CellResult(id=cell.id, kind=cell.kind, status="ok", axes=cell.axes(), rows=[])
         self.phase, self.finished, self.timed_out, self._pending = "load", False, False, b""
         self.log = out / "logs" / f"{cell.id}.log"
-        # Threads that spin while they wait are ruinous where another process wants the core, too.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        environment = dict(os.environ)
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with writing_to(self.log):
