@@ -66,9 +66,13 @@ def _worker(diary: Path, behaviour: str) -> None:
     def note(what: str) -> None:
         line = {"cell": name, "what": what, "time": time.monotonic(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
         with diary.open("a") as file:  # one short write to a file opened for appending: lines do not mix
-            file.write(json.dumps(line | {"pid": os.getpid()}) + "\n")
+            file.write(json.dumps(line | {"pid": os.getpid(), "sweep": os.getppid()}) + "\n")
 
     note("began")
+    if behaviour == "meets":  # until another sweep's cell runs, too: else whether they overlap would be chance
+        deadline = time.monotonic() + 30
+        while len({line["sweep"] for line in read_diary(diary)}) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
     if behaviour == "disk":
         say(event="disk", message="cannot write to somewhere (No space left on device); make room")
         return

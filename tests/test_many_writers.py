@@ -169,7 +169,7 @@ def test_the_last_shard_writes_the_report(tmp_path: Path, diary: Path) -> None:
 
 def test_shards_at_once_in_one_folder_lose_and_tear_nothing(tmp_path: Path) -> None:
     out, diary = tmp_path / "out", tmp_path / "diary.jsonl"
-    shards = [other_process(out, f"{number}/3", diary) for number in (1, 2, 3)]
+    shards = [other_process(out, f"{number}/3", diary, "meets") for number in (1, 2, 3)]
     told = [shard.communicate(timeout=60) for shard in shards]
     assert all(stdout.startswith("fine True") for stdout, _ in told), told
     assert "complete True" in "".join(stdout for stdout, _ in told)
