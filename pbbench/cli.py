@@ -237,7 +237,8 @@ def sample(
     }
     overrides = _overrides(set_, sampling=sampling)
     written = sample_to_folder(checkpoint, count, out, overrides, resolve_device(device or "auto"))
-    typer.echo(str(written))
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(str(written))
 
 
 @app.command(cls=ManyValues)
