@@ -131,8 +131,8 @@ def main(words: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(name, Path(folder), options.num_images))
     report = {"num_images": options.num_images, "cores": len(os.sched_getaffinity(0)), "rows": rows}
-    report["environment"] = environment.probe("cpu")
     options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "environment.json").write_text(json.dumps(environment.probe("cpu"), indent=1) + "\n", encoding="utf-8")
     (options.out / "loading.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (options.out / "loading.md").write_text(markdown(report), encoding="utf-8")
     print(markdown(report))

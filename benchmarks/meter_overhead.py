@@ -149,6 +149,7 @@ def main(words: Sequence[str] | None = None) -> None:
     name = machine["gpu"] or f"{machine['cpu']}, {machine['cpu_threads']} threads"
     write_json(asked.out / "overhead.json", {"machine": name, "torch": str(torch.__version__), **found})
     write_text(asked.out / "overhead.md", markdown(found, name))
+    write_json(asked.out / "environment.json", machine)
     print(f"{asked.out}: {found['rounds']} rounds")
 
 
