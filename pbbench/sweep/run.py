@@ -23,7 +23,7 @@ from pbbench import environment as environments
 from pbbench.config import Experiment, differences, parse_experiment, read_toml
 from pbbench.errors import InputError, one_line
 from pbbench.records import CellResult, Row, read_cell, write_cell, write_json, write_text
-from pbbench.sweep.grid import Cell, plan
+from pbbench.sweep.grid import Cell, plan, resolve
 from pbbench.sweep.rows import base_row
 
 
@@ -122,7 +122,7 @@ def _check_environment(path: Path, now: dict[str, Any], any_environment: bool) -
 
 def run_cell(experiment: Experiment, cell: Cell, device: str, out: Path, listener: Listener) -> CellResult:
     """One fresh process; its rows, whatever became of it."""
-    resolved = experiment.with_divider(cell.patch_divider)
+    resolved = resolve(experiment, cell)
     job = {
         "experiment": resolved.model_dump(mode="json"),
         "cell": {"id": cell.id, "kind": cell.kind, **cell.axes()},
