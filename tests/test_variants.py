@@ -183,3 +183,35 @@ def test_the_ablations_file_plans_each_conditioning_without_the_other() -> None:
         "no global content": ["global_content"],
         "alternating grid": ["alternating_grid"],
     }
+
+
+def test_trainings_from_several_seeds_start_elsewhere_on_the_same_images() -> None:
+    from pbbench.training.heldout import training_and_held_out
+    from pbbench.training.setup import build_network
+
+    experiment = tiny(seeds=[0, 7])
+    one, other = (resolve(experiment, cell) for cell in plan(experiment) if cell.kind == "quality" and cell.patch_divider == 1)
+    assert training_and_held_out(one)[0].fingerprint() == training_and_held_out(other)[0].fingerprint()
+    weights = [next(build_network(e).parameters()) for e in (one, other)]
+    assert not weights[0].equal(weights[1])
+
+
+def test_a_scored_cell_says_which_variant_seed_and_budget_it_is_of(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pbbench.quality.fid import MissingWeightsError
+    from pbbench.sweep.score import train_and_score
+
+    def without_weights(*_: Any, **__: Any) -> None:
+        raise MissingWeightsError("none in this test")
+
+    small = {"num_images": 8, "metrics": ["fid"], "reference_grid": False}
+    given = tiny(ABLATIONS, seeds=[7], equal="seconds", equal_seconds=0.1).model_dump(mode="json")
+    experiment = parse_experiment(given | {"quality": small, "sampling": {"sampler": "ddim", "num_inference_steps": 1}}, "test")
+    cell = next(cell for cell in plan(experiment) if cell.id == "shifted-d2-quality-s7")
+    told: dict[str, dict[str, Any]] = {}
+    monkeypatch.setattr("pbbench.quality.fid.resolve_inception_weights", without_weights)
+    train_and_score(resolve(experiment, cell), cell, "cpu", tmp_path, lambda event, **values: told.update({event: values}))
+    row = told["row"]["row"]
+    assert (row["variant"], row["patch_divider"], row["seed"]) == ("shifted", 2, 0)  # the samples' seed
+    assert (told["detail"]["training_seed"], told["detail"]["equal"]) == (7, "seconds")
+    assert row["images_seen"] == 4 * told["detail"]["trained_steps"] > 0
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir() if folder.name != "statistics"] == [cell.id]

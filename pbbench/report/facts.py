@@ -184,14 +184,15 @@ def settings(experiment: dict[str, Any]) -> list[tuple[str, str]]:
 
 def headline(cells: Sequence[CellResult], environment: dict[str, Any]) -> list[str]:
     """The run in two or three lines: where, what, how much of it ended well."""
-    row = next((r for c in cells for r in c.rows if r.image_size), None)
+    unchanged = [c for c in cells if not tables.axis(c, "variant")]
+    row = next((r for c in unchanged for r in c.rows if r.image_size), None)
     place = environment.get("gpu") or environment.get("cpu") or environment.get("device") or "a device that is not recorded"
     lines = [f"Measured on {place}" + (f" with torch {environment['torch']}" if environment.get("torch") else "") + "."]
     if row:
         network = f"Network: dim {row.dim}, multipliers {row.dim_mults}, images of {row.image_size} pixels"
-        frame = tables.tradeoff(cells)
-        said = fixed_settings(frame)
-        lines.append(f"{network}{', ' + said if said else ''}.")
+        said = fixed_settings(tables.tradeoff(unchanged))
+        variants = sorted({tables.axis(c, "variant") for c in cells} - {""})
+        lines.append(f"{network}{', ' + said if said else ''}." + (f" Variants: {', '.join(variants)}." if variants else ""))
     failed = len(missing.failures(cells))
     ended = f"{len(cells)} cells, all ended well" if not failed else f"{len(cells)} cells, {failed} of them failed"
     seeds = sorted({r.seed for c in cells for r in c.rows if r.seed is not None})

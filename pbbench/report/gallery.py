@@ -59,7 +59,7 @@ def pictures(cells: Sequence[CellResult], run: Path) -> tuple[list[Picture], lis
             _keep(found, f"memory_quality{suffix}", "Memory against quality", caption, plots.memory_against_quality(own))
         caption = (
             f"What fills the peak of a warm step, {said}: live tensor bytes per divider, all patches in one pass beside one "
-            "patch index a pass. The figures over the bars are their sums."
+            f"patch index a pass. The figures over the bars are their sums.{' Variants stand in the table.' * bool(varied)}"
         )
         _keep(found, f"memory_split{suffix}", "What fills each peak", caption, plots.peak_by_category(own_parts))
         for step in tables.STEPS:

@@ -136,6 +136,9 @@ def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -
             handles.append(Line2D([], [], marker="o", label=label, **bare, **fill))
     handles += list(extra)
     most = 7 if len(panels) > 1 else 2
+    if lines["variant"].any():  # names of any length: about 19 letters an inch, and room for the shapes
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        most = max(1, int(19 * figure.get_figwidth() / (longest + 7)))
     columns = math.ceil(len(handles) / math.ceil(len(handles) / most))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.2, columnspacing=1.0)
     for panel in panels:
