@@ -16,9 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pbbench.errors import InputError, one_line
+from pbbench.variants import checked_variants, laid_over
 
 
 def _patch_batch_size(value: object) -> object:
@@ -162,6 +172,8 @@ class DataConfig(Section):
     """Images kept out of training for the held-out denoising loss; at most a tenth of the set."""
     horizontal_flip: bool = True
     """Flip each training image left to right with probability one half."""
+    seed: NonNegative | None = None
+    """Which scenes the built-in ones are; absent: the experiment's seed."""
     num_workers: NonNegative = 2
     """Processes that decode images for training; 0 decodes in the training process."""
 
@@ -171,6 +183,8 @@ class TrainingConfig(Section):
     """Images per process and micro-batch."""
     num_steps: Positive = 100_000
     """Optimizer steps: the training budget."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Stop at the first step after so many seconds of training, checkpoints and grids included; absent: num_steps alone."""
     patch_batch_size: PatchBatchSize = "index"
     """Patches per pass: a number, "index" (one patch index of every image) or "all". Gradients are the same."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -264,6 +278,15 @@ class SweepConfig(Section):
     """Steps timed and metered warm."""
     quality: bool = True
     """Train, sample and score each divider; false: memory and speed only."""
+    seeds: tuple[NonNegative, ...] = ()
+    """Train each divider once per seed, on the same images, and show the spread; empty: once, with the experiment's seed."""
+    equal: Literal["images", "seconds"] = "images"
+    """What is held equal between trainings: the images seen (training.num_steps), or the seconds of training."""
+    equal_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of each training, where they are held equal."""
+    variants: Annotated[dict[str, dict[str, Any]], AfterValidator(checked_variants)] = Field(default_factory=dict)
+    """Name → settings laid over the experiment (sections model, diffusion, training, sampling), for ablations and rivals: each
+    is measured, trained and scored beside the experiment itself, at the sweep's dividers or at its own ``dividers``."""
     checkpoints: dict[str, str] = Field(default_factory=dict)
     """Divider (as text) → checkpoint folder to load instead of training."""
     memory_snapshots: bool = False
@@ -271,10 +294,18 @@ class SweepConfig(Section):
     cell_timeout_seconds: Annotated[float, Field(gt=0)] | None = None
     """A cell that takes longer is stopped and recorded as timed_out; absent: no limit."""
 
-    @field_validator("dividers", "batch_sizes", "patch_batch_sizes", "mixed_precisions")
+    @field_validator("dividers", "batch_sizes", "patch_batch_sizes", "mixed_precisions", "seeds")
     @classmethod
     def _unique(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(values))
+
+    @model_validator(mode="after")
+    def _comparable(self) -> SweepConfig:
+        if (self.equal == "seconds") != (self.equal_seconds is not None):
+            raise ValueError('equal = "seconds" and equal_seconds go together: give both or neither')
+        if self.checkpoints and (self.seeds or self.equal != "images"):
+            raise ValueError('checkpoints are trained already: give no seeds, and no equal but "images", with them')
+        return self
 
 
 class SlurmConfig(Section):
@@ -310,9 +341,25 @@ class Experiment(Section):
     sweep: SweepConfig = SweepConfig()
     slurm: SlurmConfig = SlurmConfig()
 
+    @property
+    def data_seed(self) -> int:
+        """Of the built-in scenes and of the held-out loss's noise: what all trainings that are compared share."""
+        return self.seed if self.data.seed is None else self.data.seed
+
     def with_divider(self, patch_divider: int) -> Experiment:
         """The same experiment at another divider, checked again. Raises InputError where the image does not divide."""
-        return parse_experiment(merge(self.model_dump(mode="json"), {"model": {"patch_divider": patch_divider}}), "--dividers")
+        return self.at(patch_divider)
+
+    def at(self, patch_divider: int, variant: str = "", seed: int | None = None) -> Experiment:
+        """The experiment at a divider, with a variant's settings laid over it, trained from ``seed`` on the same images;
+        checked again. Of the variants only that one stays, so that doing it twice comes to the same. Raises InputError."""
+        chosen = {variant: self.sweep.variants[variant]} if variant else {}
+        values = merge(self.model_dump(mode="json"), laid_over(chosen.get(variant, {})))
+        values["model"]["patch_divider"] = patch_divider
+        values["sweep"]["variants"] = chosen
+        if seed is not None:
+            values["seed"], values["data"]["seed"] = seed, self.data_seed
+        return _validated(values, f"{_named(variant)} at divider {patch_divider}" if variant else "--dividers")
 
     def to_toml(self) -> str:
         """The resolved experiment; loading it gives the same one (absent keys are those without a value)."""
@@ -333,6 +380,19 @@ def parse_experiment(values: dict[str, Any], origin: str) -> Experiment:
     dividers = values.get("sweep", {}).get("dividers") if isinstance(values.get("sweep"), dict) else None
     if dividers and isinstance(dividers, list | tuple):  # a sweep's file need not name a divider of its own
         values = merge({"model": {"patch_divider": dividers[0]}}, values)
+    experiment = _validated(values, origin)
+    for name, variant in experiment.sweep.variants.items():
+        alone = merge(experiment.model_dump(mode="json"), laid_over(variant))
+        alone["model"]["patch_divider"] = variant.get("dividers", [experiment.model.patch_divider])[0]
+        _validated(alone, f"{origin}: {_named(name)}")
+    return experiment
+
+
+def _named(variant: str) -> str:
+    return f'sweep.variants."{variant}"'
+
+
+def _validated(values: dict[str, Any], origin: str) -> Experiment:
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:

@@ -31,6 +31,8 @@ class Row(BaseModel):
 
     cell: str
     """The cell's id, which names its file."""
+    variant: str = ""
+    """Which of the sweep's variants it is of; empty: the experiment itself."""
     status: Status = "ok"
     phase: Phase
     temperature: Literal["cold", "warm"] | None = None
@@ -126,7 +128,8 @@ class CellResult(BaseModel):
     kind: Literal["measure", "quality"]
     status: Status
     axes: dict[str, Any]
-    """The cell's settings: patch_divider, patch_batch_size, batch_size, mixed_precision, repeat."""
+    """The cell's settings: patch_divider, patch_batch_size, batch_size, mixed_precision, repeat, variant (empty: none), and of
+    a quality cell its seed where sweep.seeds names any."""
     rows: list[Row]
     error: dict[str, Any] = Field(default_factory=dict)
     """What failed: phase, type, message; for out of memory also requested, free, allocated, reserved (bytes)."""

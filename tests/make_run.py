@@ -44,12 +44,14 @@ def measure_cell(
     repeat: int = 0,
     predicted: bool = False,
     failed: dict[str, str] | None = None,
+    variant: str = "",
 ) -> CellResult:
-    """One measured cell; ``passes``: patches a pass; ``failed``: phase → status of what did not end well."""
+    """One measured cell; ``passes``: patches a pass; ``failed``: phase → status of what did not end well; ``variant``: a rival
+    of so many patches a pass. Without one the cell is as those were before there were variants."""
     failed = failed or {}
-    name = f"d{divider}-p{passes}-b{batch_size}-{precision}" + (f"-r{repeat}" if repeat else "")
+    name = f"{variant}-" * bool(variant) + f"d{divider}-p{passes}-b{batch_size}-{precision}" + (f"-r{repeat}" if repeat else "")
     axes = {"patch_divider": divider, "patch_batch_size": passes, "batch_size": batch_size, "mixed_precision": precision}
-    axes["repeat"] = repeat
+    axes |= {"repeat": repeat} | ({"variant": variant} if variant else {})
     base: dict[str, Any] = {"cell": name, "device": device, "image_size": "128×128", "dim": 128, "dim_mults": "1,2,4,8"}
     base |= {**axes, "gradient_accumulation_steps": 1, "seed": 0}
     rows, details, error = [], {"by_module": {}, "step_seconds": {}, "ledger": {}}, {}
@@ -120,16 +122,23 @@ def _meters(live: int, temperature: str, device: str) -> tuple[dict[str, Any], d
     return values | {"peak_device_bytes": allocated + 900 * MIB}, {"peak_process_bytes": "NVML hides it from this container"}
 
 
-def quality_cell(divider: int, *, device: str = "cpu", status: Any = "ok", genuine: bool = False) -> CellResult:
-    """One trained and scored divider; ``genuine``: real Inception features, hence FID."""
-    name = f"d{divider}-quality"
-    axes = {"patch_divider": divider, "patch_batch_size": 32, "batch_size": 32, "mixed_precision": "no", "repeat": 0}
-    row = Row(cell=name, phase="quality", status=status, device=device, seed=0, image_size="128×128", dim=128, **axes)
+def quality_cell(
+    divider: int, *, device: str = "cpu", status: Any = "ok", genuine: bool = False, variant: str = "", seed: int | None = None
+) -> CellResult:
+    """One trained and scored divider; ``genuine``: real Inception features, hence FID. Each seed's figures are 1% above those
+    of the seed before, and a variant's a tenth above the experiment's."""
+    name = f"{variant}-" * bool(variant) + f"d{divider}-quality" + ("" if seed is None else f"-s{seed}")
+    axes: dict[str, Any] = {"patch_divider": divider, "patch_batch_size": 32, "batch_size": 32, "mixed_precision": "no"}
+    axes |= {"repeat": 0} | ({} if seed is None else {"seed": seed}) | ({"variant": variant} if variant else {})
+    kept = {key: value for key, value in axes.items() if key != "seed"}  # a row's seed is that of its samples
+    row = Row(cell=name, phase="quality", status=status, device=device, seed=0, image_size="128×128", dim=128, **kept)
     if status != "ok":
         error = {"phase": "train", "type": "NanLossError", "message": "the training loss was not a number at step 17"}
         row.reasons = {"held_out_loss": f"{status}: {error['message']}"}
         return CellResult(id=name, kind="quality", status=status, axes=axes, rows=[row], error=error)
     distance, loss, seam = QUALITY[divider]
+    worse = (1 + 0.01 * (seed or 0)) * (1.1 if variant else 1)
+    distance, loss, seam = distance * worse, loss * worse, seam and seam * worse
     column = "frechet_inception_distance" if genuine else "random_features_frechet_distance"
     kernel = "kernel_inception_distance_mean" if genuine else "random_features_kernel_distance_mean"
     row = row.model_copy(

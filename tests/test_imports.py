@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pbbench"
-BASE = {"errors", "config", "records", "environment", "options"}
+BASE = {"errors", "config", "variants", "records", "environment", "options"}
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors"},
+    "config": {"errors", "variants"},
+    "variants": set(),
     "records": {"errors"},
     "options": {"errors"},
     "environment": {"errors"},

@@ -225,7 +225,7 @@ def test_results_keep_integers_and_turn_what_is_not_finite_into_null_with_a_reas
 def test_distances_from_the_metrics_carry_their_honest_names() -> None:
     cell = quality_cell(2)
     cell.details["metrics"] = {"unverified_inception_kernel_distance_mean": 0.5, "num_images": 1000, "anything_else": 3}
-    scores = tables.quality([cell])[2]
+    scores = tables.quality([cell])["", 2]
     assert scores["unverified_inception_kernel_distance_mean"] == 0.5
     assert "anything_else" not in scores
 

@@ -23,7 +23,7 @@ from pbbench.memory import snapshot
 from pbbench.memory.cuda import describe_out_of_memory
 from pbbench.records import write_json
 from pbbench.sweep.forecast import STEPS, forecast_step
-from pbbench.sweep.grid import Cell, plan
+from pbbench.sweep.grid import Cell, plan, resolve
 from pbbench.sweep.workload import sampling_workload, training_workload
 
 BUILD = {"sample_step": sampling_workload, "train_step": training_workload}
@@ -38,7 +38,7 @@ def chosen(experiment: Experiment) -> list[Cell]:
 
 def recorded(experiment: Experiment, cell: Cell, step: str, keep: Path | None) -> dict[str, Any]:
     """One step on the GPU, recorded and replayed; equal, the figures, and the first places where they part."""
-    work = BUILD[step](experiment.with_divider(cell.patch_divider), cell, torch.device("cuda"))
+    work = BUILD[step](resolve(experiment, cell), cell, torch.device("cuda"))
     for _ in range(experiment.sweep.warmup_steps):
         work.run()
     recording = snapshot.record(work.run)

@@ -26,7 +26,7 @@ from pbbench.report.judge import FEWEST_STEPS, judge_speed, parse_increase, too_
 
 FIXED = ("device", "image_size", "dim", "dim_mults", "gradient_accumulation_steps")
 """Settings that stand in a cell's rows; all measured cells of one run share them."""
-VARIED = ("mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
+VARIED = ("variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
 GATED = ("peak_allocated_bytes", "peak_live_bytes")
 METERS = (*GATED, "peak_reserved_bytes", "peak_process_bytes")
 

@@ -15,7 +15,7 @@ from pbbench.records import COLUMNS, CellResult
 from pbbench.report import tables
 from pbbench.report.folder import Run
 
-KEY = ("image_size", "dim", "dim_mults", "patch_divider")
+KEY = ("image_size", "dim", "dim_mults", "variant", "patch_divider")
 HIGHER_IS_BETTER = ("precision", "recall")
 FIGURES = (*tables.DISTANCES, *HIGHER_IS_BETTER, "seam_score", "held_out_loss")
 FEATURES = (*tables.DISTANCES, *HIGHER_IS_BETTER)

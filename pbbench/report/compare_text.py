@@ -157,7 +157,9 @@ def _quality_sheet(comparison: Comparison) -> Sheet | None:
     rows = comparison.quality
     if not rows:
         return None
-    columns = [
+    variants = [c.settings["variant"] for c in rows]
+    columns = [Column(("variant",), variants, numeric=False)] if any(variants) else []
+    columns += [
         Column(("d",), [whole(c.settings["patch_divider"]) for c in rows]),
         Column(("figure",), [quality_label(c.column, c.num_images) if c.column else UNKNOWN for c in rows], numeric=False),
         Column(("A",), [number(c.values[0]) for c in rows]),

@@ -4,52 +4,73 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
 from pbbench.records import CellResult, format_bytes
 from pbbench.report import missing, tables
+from pbbench.report.fairness import trained_from
 from pbbench.report.layout import settings_columns, spread
 from pbbench.report.names import quality_header, quality_label
 from pbbench.report.sheet import UNKNOWN, Column, Sheet, number, percent, whole
 
 
 def quality_sheet(cells: Sequence[CellResult]) -> Sheet | None:
-    """Per divider every quality figure, the images behind it and the training it rests on."""
-    scored = sorted((c for c in cells if c.kind == "quality"), key=lambda c: (tables.axis(c, "patch_divider") or 0, c.id))
-    if not scored:
+    """Per variant and divider every quality figure, the images behind it and the trainings it rests on."""
+    found = tables.subjects(cells)
+    if not found:
         return None
-    scores, ranges = tables.quality(cells), tables.intervals(cells)
-    rows = [next((r for r in c.rows if r.phase == "quality"), None) for c in scored]
-    counts = [r.num_images for r in rows if r]
-    dividers = [tables.axis(c, "patch_divider") or 0 for c in scored]
-    columns = [Column(("d",), [whole(tables.axis(c, "patch_divider")) for c in scored])]
+    scores, ranges, spreads = tables.quality(cells), tables.intervals(cells), tables.spreads(cells)
+    groups = list(found.values())
+    rows = [[r for c in group for r in c.rows if r.phase == "quality"] for group in groups]
+    counts = [r.num_images for own in rows for r in own]
+    columns = _subject_columns(list(found))
     notes = []
     for name in tables.quality_names(scores):
         if name not in ("num_images", "images_seen"):
-            texts = [_with_interval(scores.get(d, {}).get(name), ranges.get(d, {}).get(name)) for d in dividers]
+            ends = [spreads.get(s, {}).get(name) or ranges.get(s, {}).get(name) for s in found]
+            texts = [_with_interval(scores.get(s, {}).get(name), end) for s, end in zip(found, ends, strict=True)]
             columns.append(Column(quality_header(name, counts), texts, title=quality_label(name, counts)))
+    if any(spreads.values()):
+        notes.append(f"Trained {trained_from(cells)}: the median, in brackets the least and the most.")
+        columns.append(Column(("trainings",), [f"{sum(c.status == 'ok' for c in g)} of {len(g)}" for g in groups]))
     if any(ranges.values()):
         notes.append(
             "In brackets the 95% interval over the draw of samples (grouped jackknife); the reference images are taken as "
             "fixed, and what another training would change is not in it."
         )
-    columns.append(Column(("images scored",), [whole(r.num_images if r else None) for r in rows]))
-    columns.append(Column(("reference images",), [whole(c.details.get("num_reference_images")) for c in scored]))
-    columns.append(Column(("training images seen",), [whole(r.images_seen if r else None) for r in rows]))
-    samplers = [f"{r.sampler}, {whole(r.num_inference_steps)} steps" if r and r.sampler else UNKNOWN for r in rows]
-    columns.append(Column(("sampler",), samplers, numeric=False))
+    columns.append(Column(("images scored",), [_whole(r.num_images for r in own) for own in rows]))
+    references = [_whole(c.details.get("num_reference_images") for c in group) for group in groups]
+    columns.append(Column(("reference images",), references))
+    columns.append(Column(("training images seen",), [_whole(r.images_seen for r in own) for own in rows]))
+    samplers = [{f"{r.sampler}, {whole(r.num_inference_steps)} steps" for r in own if r.sampler} for own in rows]
+    columns.append(Column(("sampler",), ["; ".join(sorted(told)) or UNKNOWN for told in samplers], numeric=False))
     for name, header in (
         ("train_seconds", "training (s)"),
         ("sample_seconds", "sampling (s)"),
         ("score_seconds", "scoring (s)"),
     ):
-        if any(c.details.get(name) is not None for c in scored):
-            columns.append(Column((header,), [number(c.details.get(name)) for c in scored]))
-    columns.append(Column(("status",), [c.status.replace("_", " ") for c in scored], numeric=False))
+        seconds = [tables.median(tables.finite(c.details.get(name) for c in group)) for group in groups]
+        if tables.finite(seconds):
+            columns.append(Column((header,), [number(value) for value in seconds]))
+    statuses = ["; ".join(dict.fromkeys(c.status.replace("_", " ") for c in group)) for group in groups]
+    columns.append(Column(("status",), statuses, numeric=False))
     return Sheet("Quality of each divider", columns, notes)
+
+
+def _subject_columns(subjects: Sequence[tables.Subject]) -> list[Column]:
+    """The variant, only where there is one, and the divider."""
+    named = any(variant for variant, _ in subjects)
+    columns = [Column(("variant",), [variant for variant, _ in subjects], numeric=False)] if named else []
+    return [*columns, Column(("d",), [whole(d) for _, d in subjects])]
+
+
+def _whole(values: Iterable[int | None]) -> str:
+    """A whole number, or the least and the most of several."""
+    known = sorted({value for value in values if value is not None})
+    return spread(whole(known[0]), whole(known[0]), whole(known[-1])) if known else UNKNOWN
 
 
 def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
@@ -57,18 +78,17 @@ def _with_interval(value: float | None, interval: tuple[float, float] | None) ->
 
 
 def bands_sheet(cells: Sequence[CellResult]) -> Sheet | None:
-    """The held-out denoising loss per divider and band of timesteps."""
-    found = {}
-    for cell in cells:
-        bands = (cell.details.get("held_out") or {}).get("bands") if cell.kind == "quality" else None
-        if bands:
-            found[tables.axis(cell, "patch_divider") or 0] = {f"t = {b['t_min']}–{b['t_max']}": b["loss"] for b in bands}
+    """The held-out denoising loss per variant, divider and band of timesteps; of several trainings the median."""
+    found: dict[tables.Subject, dict[str, list[float]]] = {}
+    for subject, members in tables.subjects(cells).items():
+        for band in (b for c in members for b in (c.details.get("held_out") or {}).get("bands") or ()):
+            name = f"t = {band['t_min']}–{band['t_max']}"
+            found.setdefault(subject, {}).setdefault(name, []).append(band["loss"])
     if not found:
         return None
-    dividers = sorted(found)
-    columns = [Column(("d",), [whole(d) for d in dividers])]
-    for name in dict.fromkeys(name for d in dividers for name in found[d]):
-        columns.append(Column((name,), [number(found[d].get(name)) for d in dividers]))
+    columns = _subject_columns(list(found))
+    for name in dict.fromkeys(name for bands in found.values() for name in bands):
+        columns.append(Column((name,), [number(tables.median(bands.get(name, ()))) for bands in found.values()]))
     notes = ["Mean over images that were not trained on, with the same noise for every divider; low t is little noise."]
     return Sheet("Held-out denoising loss by timestep", columns, notes)
 
@@ -113,14 +133,13 @@ def module_sheet(cells: Sequence[CellResult], most: int = 6) -> Sheet | None:
         ranked = [(p, s, m) for s, m in groups if not math.isnan(p := _peak(m, step))]
         if not ranked:
             continue
-        base = next((entry for entry in ranked if entry[1]["patch_divider"] == 1), ranked[0])
+        base = next((entry for entry in ranked if not entry[1]["variant"] and entry[1]["patch_divider"] == 1), ranked[0])
         least = min(ranked, key=lambda entry: entry[0])
         for _, named, members in [base] + ([least] if least is not base else []):
             made = next((c.details["by_module"].get(step) for c in members if c.details.get("by_module")), None) or []
             passes = tables.passes(named["patch_batch_size"], named["batch_size"], named["patch_divider"])
-            lines += [
-                (step.replace("_", " "), f"d = {named['patch_divider']}, {passes}", str(n), int(b)) for n, b in made[:most]
-            ]
+            where = f"{_of(named)}d = {named['patch_divider']}, {passes}"
+            lines += [(step.replace("_", " "), where, str(n), int(b)) for n, b in made[:most]]
     if not lines:
         return None
     steps, configurations, names, counts = zip(*lines, strict=True)
@@ -176,7 +195,7 @@ def ledger_sheet(cells: Sequence[CellResult]) -> Sheet | None:
             gaps = [_difference(held, low, high) for low, high in itertools.pairwise(steps)]
             gap = (ledger.get("nvml") or {}).get("longest_gap_s")
             texts = [format_bytes(v) for v in (held.get("requested"), *gaps, held.get("device"))]
-            name = f"d = {named['patch_divider']}, {passes}"
+            name = f"{_of(named)}d = {named['patch_divider']}, {passes}"
             lines.append((name, phase.replace("_", " "), *texts, number(1000 * gap) if gap is not None else UNKNOWN))
     if not lines:
         return None
@@ -186,6 +205,10 @@ def ledger_sheet(cells: Sequence[CellResult]) -> Sheet | None:
         Column((h,), list(texts), i > 1) for i, (h, texts) in enumerate(zip(headers, zip(*lines, strict=True), strict=True))
     ]
     return Sheet("The ledger after each step", columns, ["What is held once the step has ended; the peaks above are larger."])
+
+
+def _of(settings: dict[str, Any]) -> str:
+    return f"{settings['variant']}, " if settings["variant"] else ""
 
 
 def _difference(held: dict[str, Any], low: str, high: str) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pbbench.records import CellResult, format_bytes
 from pbbench.report import missing, tables
+from pbbench.report.fairness import held_equal, trained_from
 from pbbench.report.layout import fixed_settings, passes_in_words
 from pbbench.report.names import tag
 from pbbench.report.sheet import percent, whole
@@ -18,7 +19,7 @@ READING = (
     (
         "A row",
         "One row of results.csv is one cell (a configuration) × phase × cold or warm × repeat. Cold is the first run in a "
-        "fresh process, warm the one after the warm-up. Quality is one row of its own, phase quality, per divider.",
+        "fresh process, warm the one after the warm-up. Quality is one row of its own, phase quality, per training.",
     ),
     (
         "The divider d",
@@ -55,7 +56,9 @@ READING = (
 
 
 def patching_pays(cells: Sequence[CellResult]) -> list[str]:
-    """Per step, the share of the peak that patching can touch, and the most it saved: one sentence or two each."""
+    """Per step, the share of the peak that patching can touch, and the most it saved: one sentence or two each. Of the
+    experiment itself: a variant's peak is not patching's doing alone."""
+    cells = [cell for cell in cells if not tables.axis(cell, "variant")]
     parts, frame = tables.split(cells), tables.tradeoff(cells)
     whole_image = parts[parts["patch_divider"] == 1]
     if whole_image.empty:
@@ -125,12 +128,9 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
     patches = sorted({str((c.details.get("metrics") or {}).get("patches")) for c in scored} - {"None"})
     if patches:
         said.append(f"Patch distances are between {'; '.join(patches)}, at the images' own pixels, the same for every divider.")
-    seen = sorted({s["images_seen"] for s in scores.values() if "images_seen" in s})
-    if seen:
-        each = f"{whole(seen[0])}" if len(seen) == 1 else f"{whole(seen[0])} to {whole(seen[-1])}"
-        said.append(
-            f"Each divider was trained on {each} images seen (with repetition), once; the quality holds for that budget."
-        )
+    equal = held_equal(cells)
+    if equal:
+        said.append(f"{equal} Each divider was trained {trained_from(cells)}; the quality holds for that budget.")
     elif names:
         said.append("The training behind these figures is not recorded (checkpoints were loaded, or the budget is unknown).")
     references = sorted({str(c.details["reference"]) for c in scored if c.details.get("reference")})
@@ -184,14 +184,15 @@ def settings(experiment: dict[str, Any]) -> list[tuple[str, str]]:
 
 def headline(cells: Sequence[CellResult], environment: dict[str, Any]) -> list[str]:
     """The run in two or three lines: where, what, how much of it ended well."""
-    row = next((r for c in cells for r in c.rows if r.image_size), None)
+    unchanged = [c for c in cells if not tables.axis(c, "variant")]
+    row = next((r for c in unchanged for r in c.rows if r.image_size), None)
     place = environment.get("gpu") or environment.get("cpu") or environment.get("device") or "a device that is not recorded"
     lines = [f"Measured on {place}" + (f" with torch {environment['torch']}" if environment.get("torch") else "") + "."]
     if row:
         network = f"Network: dim {row.dim}, multipliers {row.dim_mults}, images of {row.image_size} pixels"
-        frame = tables.tradeoff(cells)
-        said = fixed_settings(frame)
-        lines.append(f"{network}{', ' + said if said else ''}.")
+        said = fixed_settings(tables.tradeoff(unchanged))
+        variants = sorted({tables.axis(c, "variant") for c in cells} - {""})
+        lines.append(f"{network}{', ' + said if said else ''}." + (f" Variants: {', '.join(variants)}." if variants else ""))
     failed = len(missing.failures(cells))
     ended = f"{len(cells)} cells, all ended well" if not failed else f"{len(cells)} cells, {failed} of them failed"
     seeds = sorted({r.seed for c in cells for r in c.rows if r.seed is not None})

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 
 from pbbench.records import CellResult
 from pbbench.report import plots, tables
+from pbbench.report.fairness import held_equal, trained_from
 from pbbench.report.layout import fixed_settings
 from pbbench.report.names import quality_label, tag
 from pbbench.report.sheet import number
@@ -40,21 +41,25 @@ def pictures(cells: Sequence[CellResult], run: Path) -> tuple[list[Picture], lis
     meter = tables.METERS[frame.attrs["memory_column"]]
     measured = frame[frame["batch_size"].notna()]
     column = tables.distance_column(frame)
-    for suffix, settings in _groups(measured):
-        own = measured[_same(measured, settings)]
-        own_parts = parts[_same(parts, settings)]
-        said = fixed_settings(own)
+    unchanged = measured[measured["variant"].eq("")]
+    for suffix, settings in _groups(unchanged):
+        own = measured[_same(measured, settings) | _rivals(measured, unchanged)]
+        own_parts = parts[_same(parts, settings) & parts["variant"].eq("")]
+        said = fixed_settings(own[own["variant"].eq("")])
+        varied = f" Beside it its variants, each with settings of its own: {_variants(own)}." if own["variant"].any() else ""
         if column:
             named = quality_label(column, tables.sample_counts(own))
             caption = (
                 f"Memory against quality: peak of a warm training step and of a warm sampling step by {meter}, {said}; "
                 f"quality as {named}. Smaller is better on both axes; the dark points on the dashed line are "
-                "beaten by no other. A divider is trained once: every way to pass its patches has its quality."
+                f"beaten by no other. A divider is trained {trained_from(cells)}: every way to pass its patches has its "
+                f"quality. {held_equal(cells) or ''}"
             )
+            caption = caption.rstrip() + varied
             _keep(found, f"memory_quality{suffix}", "Memory against quality", caption, plots.memory_against_quality(own))
         caption = (
             f"What fills the peak of a warm step, {said}: live tensor bytes per divider, all patches in one pass beside one "
-            "patch index a pass. The figures over the bars are their sums."
+            f"patch index a pass. The figures over the bars are their sums.{' Variants stand in the table.' * bool(varied)}"
         )
         _keep(found, f"memory_split{suffix}", "What fills each peak", caption, plots.peak_by_category(own_parts))
         for step in tables.STEPS:
@@ -66,7 +71,7 @@ def pictures(cells: Sequence[CellResult], run: Path) -> tuple[list[Picture], lis
             )
             name, title = f"timeline_{step}{suffix}", f"Memory over a {plots.STEP_NAMES[step]} step"
             _keep(found, name, title, caption, live_bytes_over_a_step(chosen, step))
-        caption = f"Speed against memory of a warm step, {said}; peaks by {meter}. Up and to the left is better."
+        caption = f"Speed against memory of a warm step, {said}; peaks by {meter}. Up and to the left is better.{varied}"
         _keep(found, f"speed_memory{suffix}", "Speed against memory", caption, plots.speed_against_memory(own))
     made = {picture.title for picture in found}
     if "Memory against quality" not in made:
@@ -98,6 +103,17 @@ def _groups(frame: pd.DataFrame) -> Iterator[tuple[str, dict[str, Any]]]:
         yield suffix, {"batch_size": batch_size, "mixed_precision": precision}
 
 
+def _rivals(frame: pd.DataFrame, unchanged: pd.DataFrame) -> pd.Series:
+    """The lines of variants that have a batch size or precision of their own: they are to be seen beside the experiment."""
+    known = set(zip(unchanged["batch_size"], unchanged["mixed_precision"], strict=True))
+    pairs = zip(frame["variant"], frame["batch_size"], frame["mixed_precision"], strict=True)
+    return pd.Series([bool(variant) and (n, p) not in known for variant, n, p in pairs], index=frame.index, dtype=bool)
+
+
+def _variants(frame: pd.DataFrame) -> str:
+    return ", ".join(dict.fromkeys(name for name in frame["variant"] if name))
+
+
 def _same(frame: pd.DataFrame, settings: dict[str, Any]) -> pd.Series:
     matches = pd.Series(True, index=frame.index)
     for name, value in settings.items():
@@ -110,25 +126,26 @@ def _cells(cells: Sequence[CellResult], settings: dict[str, Any]) -> list[CellRe
 
 
 def _samples(cells: Sequence[CellResult], run: Path, frame: pd.DataFrame) -> tuple[list[Picture], list[str]]:
-    """The grids the quality cells name, titled with their divider and its figure."""
+    """The grids the quality cells name, titled with their variant, divider and its figure; of several trainings the first."""
     grids: dict[str, Path] = {}
     notes: list[str] = []
     column = tables.distance_column(frame)
     counts = tables.sample_counts(frame)
     scores = tables.quality(cells)
-    for cell in sorted((c for c in cells if c.kind == "quality"), key=lambda c: (tables.axis(c, "patch_divider") or 0, c.id)):
-        divider = tables.axis(cell, "patch_divider")
+    for subject, (cell, *_) in tables.subjects(cells).items():
+        variant, divider = subject
+        where = f"{variant}, d = {divider}" if variant else f"d = {divider}"
         grid = cell.details.get("grid")
         path = run / str(grid)
         if not grid or not path.is_file():
             missing = f"{grid} is not there" if grid else "the cell names no grid of samples"
-            notes.append(f"Samples at d = {divider}: {missing if cell.status == 'ok' else cell.status.replace('_', ' ')}.")
+            notes.append(f"Samples at {where}: {missing if cell.status == 'ok' else cell.status.replace('_', ' ')}.")
         elif not _is_image(path):
-            notes.append(f"Samples at d = {divider}: {grid} cannot be read as an image.")
+            notes.append(f"Samples at {where}: {grid} cannot be read as an image.")
         else:
-            score = scores.get(divider, {}).get(column or "")
+            score = scores.get(subject, {}).get(column or "")
             figure = f"   ({_brief(column, counts)} {number(score)})" if column and score is not None else ""
-            grids[f"d = {divider}{figure}"] = path
+            grids[f"{where}{figure}"] = path
     if not grids:
         return [], [*notes, "Samples: there is no grid of samples to show."]
     reference = run / "samples" / "reference.png"

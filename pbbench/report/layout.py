@@ -8,6 +8,7 @@ import pandas as pd
 
 from pbbench.records import CATEGORIES, CellResult
 from pbbench.report import tables
+from pbbench.report.fairness import held_equal, trained_from
 from pbbench.report.names import quality_header, quality_label
 from pbbench.report.sheet import UNKNOWN, Column, Sheet, byte_unit, in_unit, number, percent, whole
 
@@ -45,9 +46,16 @@ def _rate_column(header: tuple[str, ...], frame: pd.DataFrame, name: str, rank: 
     return Column((*header, "img/s"), texts, rank=rank, title=f"{header[0]} (images/s)")
 
 
+def _with_range(texts: list[str], frame: pd.DataFrame, name: str) -> list[str]:
+    """Least and most over the trainings behind each figure that has several."""
+    ends = zip(texts, frame[f"{name}_min"], frame[f"{name}_max"], strict=True)
+    return [text if pd.isna(low) else spread(text, number(low), number(high)) for text, low, high in ends]
+
+
 def settings_columns(frame: pd.DataFrame) -> list[Column]:
-    """The columns that name a configuration; batch size and precision only where they vary."""
-    columns = [
+    """The columns that name a configuration; variant, batch size and precision only where they vary."""
+    columns = [Column(("variant",), list(frame["variant"]), numeric=False)] if frame["variant"].any() else []
+    columns += [
         Column(("d",), [whole(v) for v in frame["patch_divider"]]),
         Column(("patches", "a pass"), list(frame["patches_per_pass"]), numeric=False),
     ]
@@ -104,7 +112,10 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
             continue
         rank = 0 if name == main else 3
         header, title = quality_header(name, counts), quality_label(name, counts)
-        columns.append(Column(header, [number(v) for v in frame[name]], rank=rank, title=title))
+        texts = [number(v) for v in frame[name]]
+        if f"{name}_min" in frame:
+            texts = _with_range(texts, frame, name)
+        columns.append(Column(header, texts, rank=rank, title=title))
     columns.append(Column(("status",), [s.replace("_", " ") for s in frame["status"]], numeric=False))
     notes = [f"Peaks: {meter}, warm step." + (f" {fixed_settings(frame).capitalize()}." if fixed_settings(frame) else "")]
     for short in tables.STEPS:
@@ -114,6 +125,9 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
         notes.append("Median over repeats (least–most).")
     if main:
         notes.append(f"Quality: {quality_label(main, counts)}; lower is better.")
+    notes += [told for told in [held_equal(cells)] if told]
+    if any(tables.spreads(cells).values()):
+        notes.append(f"Trained {trained_from(cells)}: median (least–most).")
     varied = tables.unsteadiness(cells)
     if varied > 1.5:
         notes.append(f"Speeds are rough: steps of the same cell took up to {varied:.1f} times as long as its fastest.")

@@ -1,7 +1,8 @@
 """The charts: memory against quality, what fills each peak, and speed against memory.
 
 Each function takes a table of ``tables`` and returns a figure, or None where the table holds nothing to draw. Shape marks the
-divider; filled marks one patch index a pass, open marks all patches in one pass, half filled any other number.
+divider, or in a run with variants the variant, the divider then standing at the point; filled marks one patch index a pass,
+open marks all patches in one pass, half filled any other number.
 """
 
 from __future__ import annotations
@@ -69,6 +70,10 @@ class _Panel:
 
 def _panels(frame: pd.DataFrame, values: Mapping[str, str], *, sharey: bool) -> tuple[Figure, list[_Panel]] | None:
     """A panel per step that has points, with its memory axis; ``values``: step → the column that goes up the y axis."""
+    words = [f"d = {divider:.0f}" for divider in frame["patch_divider"]]
+    if frame["variant"].any():
+        words = [variant or "the experiment" for variant in frame["variant"]]
+    frame = frame.assign(kind=words)
     drawn = {s: frame[frame[f"{s}_peak_bytes"].notna() & frame[column].notna()] for s, column in values.items()}
     drawn = {s: lines for s, lines in drawn.items() if len(lines)}
     if not drawn:
@@ -96,9 +101,14 @@ def _name(line: Any) -> str:
     return f"d={line['patch_divider']:.0f}" + ("" if alone else f" {passes}" if passes in ("all", "index") else f" p={passes}")
 
 
-def _draw_points(panel: _Panel, dividers: Sequence[int], colours: Sequence[str]) -> None:
+def _kinds(panels: Sequence[_Panel]) -> list[str]:
+    """What the points' shapes tell, in the legend's order: the variant where there is any, else the divider."""
+    return list(dict.fromkeys(pd.concat([panel.lines for panel in panels]).sort_values(["variant", "patch_divider"])["kind"]))
+
+
+def _draw_points(panel: _Panel, kinds: Sequence[str], colours: Sequence[str]) -> None:
     for (x, y), (_, line), colour in zip(panel.points, panel.lines.iterrows(), colours, strict=True):
-        shape: Any = MARKERS[dividers.index(line["patch_divider"]) % len(MARKERS)]
+        shape: Any = MARKERS[kinds.index(line["kind"]) % len(MARKERS)]
         fill: dict[str, Any] = {"fillstyle": _fill(line["patches_per_pass"]), "markerfacecoloralt": "white", "color": colour}
         panel.axes.plot(
             [x],
@@ -117,8 +127,7 @@ def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -
     lines = pd.concat([panel.lines for panel in panels])
     bare: dict[str, Any] = {"linestyle": "none", "markersize": 5, "markeredgewidth": 0.9}
     shape: dict[str, Any] = {**bare, "color": "#555555", "markerfacecolor": "#dddddd"}
-    dividers = sorted(lines["patch_divider"].unique())
-    handles = [Line2D([], [], marker=MARKERS[i % len(MARKERS)], label=f"d = {d:.0f}", **shape) for i, d in enumerate(dividers)]
+    handles = [Line2D([], [], marker=MARKERS[i % len(MARKERS)], label=kind, **shape) for i, kind in enumerate(_kinds(panels))]
     words = {"none": "all patches in one pass", "full": "one patch index a pass", "left": "another number a pass"}
     occurring = {_fill(passes) for passes in lines["patches_per_pass"]}
     for style, label in words.items():
@@ -127,6 +136,9 @@ def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -
             handles.append(Line2D([], [], marker="o", label=label, **bare, **fill))
     handles += list(extra)
     most = 7 if len(panels) > 1 else 2
+    if lines["variant"].any():  # names of any length: about 19 letters an inch, and room for the shapes
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        most = max(1, int(19 * figure.get_figwidth() / (longest + 7)))
     columns = math.ceil(len(handles) / math.ceil(len(handles) / most))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.2, columnspacing=1.0)
     for panel in panels:
@@ -135,20 +147,21 @@ def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -
 
 
 def _quality_axis(frame: pd.DataFrame, column: str) -> str:
-    told = "lower is better; bars: 95%" if f"{column}_low" in frame else "lower is better"
+    bars = [told for end, told in (("low", "95%"), ("min", "least–most")) if f"{column}_{end}" in frame]
+    told = f"lower is better; bars: {' or '.join(bars)}" if bars else "lower is better"
     return "\n".join([*textwrap.wrap(quality_label(column, sample_counts(frame)), 36), f"({told})"])
 
 
 @styled
 def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
     """``tables.tradeoff`` as points, training and sampling side by side, with the configurations no other beats joined and
-    bars for the 95% intervals of the quality figure, where it has them."""
+    bars for the quality figure's 95% intervals, or its range over several trainings, where it has them."""
     column = distance_column(frame)
     drawn = _panels(frame, dict.fromkeys(STEPS, column), sharey=True) if column else None
     if column is None or drawn is None:
         return None
     figure, panels = drawn
-    dividers = sorted(pd.concat([panel.lines for panel in panels])["patch_divider"].unique())
+    kinds = _kinds(panels)
     for panel in panels:
         front = pareto(panel.points)
         corners = [panel.points[front[0]]]
@@ -156,12 +169,13 @@ def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
             corners += [(panel.xs[i], corners[-1][1]), panel.points[i]]
         panel.axes.plot(*zip(*corners, strict=True), color=STRONG, linestyle=DASHED, linewidth=0.8)
         panel.joins.append(corners)
-        _draw_points(panel, dividers, [STRONG if i in front else WEAK for i in range(len(panel.points))])
-        if f"{column}_low" in panel.lines:
-            ends = list(zip(panel.xs, panel.lines[f"{column}_low"], panel.lines[f"{column}_high"], strict=True))
-            bars = [[(x, low), (x, high)] for x, low, high in ends if not math.isnan(low)]
-            panel.axes.vlines(*zip(*[(x, a, b) for (x, a), (_, b) in bars], strict=True), color=WEAK, linewidth=0.7, zorder=2)
-            panel.joins += bars
+        _draw_points(panel, kinds, [STRONG if i in front else WEAK for i in range(len(panel.points))])
+        for low, high in (("low", "high"), ("min", "max")):
+            if f"{column}_{low}" in panel.lines:
+                ends = zip(panel.xs, panel.lines[f"{column}_{low}"], panel.lines[f"{column}_{high}"], strict=True)
+                bars = [(x, least, most) for x, least, most in ends if not math.isnan(least)]
+                panel.axes.vlines(*zip(*bars, strict=True), color=WEAK, linewidth=0.7, zorder=2)
+                panel.joins += [[(x, least), (x, most)] for x, least, most in bars]
     shown = [y for panel in panels for y in panel.ys]
     lowest = min(shown) / 2  # an interval that reaches down to 0 is cut, so that it does not press the points together
     shown += [max(y, lowest) for panel in panels for join in panel.joins for _, y in join]
@@ -178,17 +192,18 @@ def speed_against_memory(frame: pd.DataFrame) -> Figure | None:
     if drawn is None:
         return None
     figure, panels = drawn
-    dividers = sorted(pd.concat([panel.lines for panel in panels])["patch_divider"].unique())
+    kinds = _kinds(panels)
     for panel in panels:
         step = panel.axes.get_xlabel().split()[0]
         given, divider = panel.lines["patches_per_pass"], panel.lines["patch_divider"]
         for passes, dash in (("all", ":"), ("index", "-")):
             own = given.eq(passes) | (divider.eq(1) & given.eq("all"))  # at d = 1 the two are one
+            own &= panel.lines["variant"].eq("")
             joined = [point for point, member in zip(panel.points, own, strict=True) if member]
             if len(joined) > 1:
                 panel.axes.plot(*zip(*joined, strict=True), color="#b4b4b4", linestyle=dash, linewidth=0.8, zorder=1)
                 panel.joins.append(joined)
-        _draw_points(panel, dividers, [STRONG] * len(panel.points))
+        _draw_points(panel, kinds, [STRONG] * len(panel.points))
         scale_axis(panel.axes.yaxis, panel.ys, zero=True)
         panel.axes.set_ylabel(f"{step} speed (images/s)")
     return _finish(figure, panels, [])

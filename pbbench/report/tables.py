@@ -1,7 +1,9 @@
 """From cells to tables of numbers: the trade-off, what fills each peak, the meters, failures, and what is missing.
 
 Everything here is in bytes, seconds and fractions; units for people are put on in ``layout``. A configuration is one
-(divider, patches per pass, batch size, precision); its repeats are fresh processes, summed up as median, minimum, maximum.
+(variant, divider, patches per pass, batch size, precision); its repeats are fresh processes, summed up as median, minimum,
+maximum. Quality belongs to a subject, (variant, divider); its trainings, one per seed, are summed up likewise. The variant
+that is the experiment itself has the empty name and comes first.
 Only rows with status ok count: a reading taken while a phase failed is no peak of that phase.
 """
 
@@ -39,6 +41,8 @@ DISTANCES = (
     "unverified_inception_patch_frechet_distance",
     "random_features_patch_frechet_distance",
 )
+Subject = tuple[str, int]
+"""(variant, divider): what is trained and scored."""
 QUALITY = (*DISTANCES, "precision", "recall", "seam_score", "held_out_loss", "num_images", "images_seen")
 
 
@@ -79,6 +83,8 @@ def axis(cell: CellResult, name: str) -> Any:
         if getattr(row, name) is not None:
             return getattr(row, name)
     value = cell.axes.get(name)
+    if name == "variant":
+        return value or ""  # runs from before there were variants do not state it
     if name == "patch_batch_size" and isinstance(value, str):
         batch, divider = cell.axes.get("batch_size"), cell.axes.get("patch_divider")
         if not isinstance(batch, int) or not isinstance(divider, int):
@@ -88,15 +94,15 @@ def axis(cell: CellResult, name: str) -> Any:
 
 
 def configurations(cells: Iterable[CellResult]) -> list[tuple[dict[str, Any], list[CellResult]]]:
-    """Measured cells by configuration, repeats together, ordered by precision, batch size, divider, most patches first."""
+    """Measured cells by configuration, repeats together, by variant, precision, batch size, divider, most patches first."""
     groups: dict[tuple[Any, ...], list[CellResult]] = {}
-    names = ("mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
+    names = ("variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
     for cell in cells:
         if cell.kind == "measure":
             groups.setdefault(tuple(axis(cell, name) for name in names), []).append(cell)
 
     def order(key: tuple[Any, ...]) -> tuple[Any, ...]:
-        return str(key[0]), key[1] or 0, key[2] or 0, -(key[3] or 0)
+        return key[0], str(key[1]), key[2] or 0, key[3] or 0, -(key[4] or 0)
 
     return [(dict(zip(names, key, strict=True)), groups[key]) for key in sorted(groups, key=order)]
 
@@ -115,23 +121,39 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else math.nan
 
 
-def quality(cells: Iterable[CellResult]) -> dict[int, dict[str, float]]:
-    """Divider → its quality figures, by honest name; only those that have a value."""
-    found: dict[int, dict[str, list[float]]] = {}
-    for cell in cells:
-        if cell.kind != "quality":
-            continue
+def subjects(cells: Iterable[CellResult]) -> dict[Subject, list[CellResult]]:
+    """What was to be trained and scored → its quality cells, one per seed, the lowest seed first."""
+    found: dict[Subject, list[CellResult]] = {}
+    for cell in sorted((c for c in cells if c.kind == "quality"), key=lambda c: (c.axes.get("seed") or 0, c.id)):
         divider = axis(cell, "patch_divider")
-        for row in cell.rows:
-            if row.phase != "quality" or row.status != "ok" or divider is None:
-                continue
+        if divider is not None:
+            found.setdefault((axis(cell, "variant"), divider), []).append(cell)
+    return dict(sorted(found.items()))
+
+
+def trainings(cells: Iterable[CellResult]) -> dict[Subject, dict[str, list[float]]]:
+    """Subject → its quality figures, by honest name, one per training; only those that have a value."""
+    found: dict[Subject, dict[str, list[float]]] = {}
+    for subject, members in subjects(cells).items():
+        for cell, row in ((c, r) for c in members for r in c.rows if (r.phase, r.status) == ("quality", "ok")):
             metrics = cell.details.get("metrics") or {}
             extra = {k: v for k, v in metrics.items() if k in DISTANCES and k not in COLUMNS}
             values = {name: getattr(row, name) for name in QUALITY if name in COLUMNS} | extra
             for name, value in values.items():
                 if finite([value]):
-                    found.setdefault(divider, {}).setdefault(name, []).append(value)
-    return {d: {name: median(values) for name, values in named.items()} for d, named in found.items()}
+                    found.setdefault(subject, {}).setdefault(name, []).append(value)
+    return found
+
+
+def quality(cells: Iterable[CellResult]) -> dict[Subject, dict[str, float]]:
+    """Subject → its quality figures: the medians over its trainings."""
+    return {s: {name: median(values) for name, values in named.items()} for s, named in trainings(cells).items()}
+
+
+def spreads(cells: Iterable[CellResult]) -> dict[Subject, dict[str, tuple[float, float]]]:
+    """Subject → the least and the most of its figures, of those trained several times."""
+    found = trainings(cells)
+    return {s: {n: (min(v), max(v)) for n, v in named.items() if len(v) > 1} for s, named in found.items()}
 
 
 def sample_counts(frame: pd.DataFrame) -> list[float]:
@@ -139,17 +161,17 @@ def sample_counts(frame: pd.DataFrame) -> list[float]:
     return sorted(frame["num_images"].dropna().unique()) if "num_images" in frame else []
 
 
-def intervals(cells: Iterable[CellResult]) -> dict[int, dict[str, tuple[float, float]]]:
-    """Divider → its figures' 95% intervals over the draw of samples; of dividers trained once: between several trainings that
+def intervals(cells: Iterable[CellResult]) -> dict[Subject, dict[str, tuple[float, float]]]:
+    """Subject → its figures' 95% intervals over the draw of samples; of what was trained once: between several trainings that
     is the smaller part of the spread."""
-    found: dict[int, list[dict[str, tuple[float, float]]]] = {}
-    for cell in cells:
-        divider = axis(cell, "patch_divider")
-        if cell.kind == "quality" and cell.status == "ok" and divider is not None:
-            metrics = cell.details.get("metrics") or {}
+    found: dict[Subject, dict[str, tuple[float, float]]] = {}
+    for subject, members in subjects(cells).items():
+        well = [cell for cell in members if cell.status == "ok"]
+        if len(well) == 1:
+            metrics = well[0].details.get("metrics") or {}
             given = {name: finite(metrics.get(f"{name}_interval") or ()) for name in (*DISTANCES, "seam_score")}
-            found.setdefault(divider, []).append({name: (v[0], v[1]) for name, v in given.items() if len(v) == 2})
-    return {divider: own[0] for divider, own in found.items() if len(own) == 1}
+            found[subject] = {name: (v[0], v[1]) for name, v in given.items() if len(v) == 2}
+    return found
 
 
 def distance_column(frame: pd.DataFrame) -> str | None:
@@ -164,32 +186,40 @@ def _status(cells: Sequence[CellResult]) -> str:
         rows = [f"{row.status} in {row.phase}" for row in cell.rows if row.status != "ok"]
         for text in rows or ([cell.status] if cell.status != "ok" else []):
             failed[text] = failed.get(text, 0) + 1
-    parts = [text if count == len(cells) else f"{text} ({count} of {len(cells)} repeats)" for text, count in failed.items()]
+    noun = "trainings" if cells and cells[0].kind == "quality" else "repeats"
+    parts = [text if count == len(cells) else f"{text} ({count} of {len(cells)} {noun})" for text, count in failed.items()]
     return "; ".join(parts) or "ok"
 
 
 def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
-    """One line per configuration, joined with the quality of its divider.
+    """One line per configuration, joined with the quality of its variant and divider.
 
-    Bytes as floats (NaN: unknown); ``*_change`` is the signed fraction against d = 1, all patches, at the same batch size and
-    precision; ``*_prediction_error`` the signed fraction predicted / measured − 1. Where a configuration was repeated the
-    figure is the median and ``*_min``, ``*_max`` stand beside it. Columns of quality, of prediction errors and of
-    ``*_joules_per_image`` only where some line has them; ``*_low`` and ``*_high`` are a distance's 95% interval.
+    Bytes as floats (NaN: unknown); ``*_change`` is the signed fraction against the experiment itself at d = 1, all patches, at
+    the same batch size and precision; ``*_prediction_error`` the signed fraction predicted / measured − 1. Where a
+    configuration was repeated, or trained from several seeds, the figure is the median and ``*_min``, ``*_max`` stand beside
+    it. Columns of quality, of prediction errors and of ``*_joules_per_image`` only where some line has them; ``*_low`` and
+    ``*_high`` are a distance's 95% interval.
     ``frame.attrs["memory_column"]`` names the meter behind the peaks.
     """
     cells = list(cells)
     column = memory_column(cells)
-    groups, scores, ranges = configurations(cells), quality(cells), intervals(cells)
-    ranged = {name for own in ranges.values() for name in own}
-    judged = {axis(c, "patch_divider"): c for c in cells if c.kind == "quality"}
-    seen = {settings["patch_divider"] for settings, _ in groups}
-    groups += [({"patch_divider": divider}, []) for divider in sorted({d for d in judged if d} - seen)]
+    groups, scores = configurations(cells), quality(cells)
+    ends = {("low", "high"): intervals(cells), ("min", "max"): spreads(cells)}
+    judged = subjects(cells)
+    seen = {(settings["variant"], settings["patch_divider"]) for settings, _ in groups}
+    groups += [({"variant": variant, "patch_divider": d}, []) for variant, d in judged if (variant, d) not in seen]
     repeated = any(len(members) > 1 for _, members in groups)
     lines = []
     for settings, members in groups:
         d, p, n = (settings.get(k) for k in ("patch_divider", "patch_batch_size", "batch_size"))
-        line: dict[str, Any] = {"patch_divider": d, "patch_batch_size": p, "patches_per_pass": passes(p, n, d)}
-        line |= {"batch_size": n, "mixed_precision": settings.get("mixed_precision"), "repeats": len(members)}
+        subject = settings["variant"], d or 0
+        line: dict[str, Any] = {"variant": subject[0], "patch_divider": d, "patch_batch_size": p}
+        line |= {
+            "patches_per_pass": passes(p, n, d),
+            "batch_size": n,
+            "mixed_precision": settings.get("mixed_precision"),
+            "repeats": len(members),
+        }
         for short, phase in STEPS.items():
             figures = {"peak_bytes": column, "activation_bytes": "activation_bytes", "images_per_second": "images_per_second"}
             for name, source in figures.items():
@@ -202,10 +232,12 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
             line[f"{short}_prediction_error"] = predicted / measured - 1 if measured else math.nan
             line[f"{short}_joules_per_image"] = median(step_values(members, phase, "joules_per_image"))
         for name in quality_names(scores):
-            line[name] = scores.get(d or 0, {}).get(name, math.nan)
-            if name in ranged:
-                line[f"{name}_low"], line[f"{name}_high"] = ranges.get(d or 0, {}).get(name, (math.nan, math.nan))
-        failed = [text for text in (_status(members), _status([judged[d]] if d in judged else [])) if text != "ok"]
+            line[name] = scores.get(subject, {}).get(name, math.nan)
+            for (low, high), ranges in ends.items():
+                if any(name in own for own in ranges.values()):
+                    own = ranges.get(subject, {}).get(name, (math.nan, math.nan))
+                    line |= {f"{name}_{low}": own[0], f"{name}_{high}": own[1]}
+        failed = [text for text in (_status(members), _status(judged.get(subject, []))) if text != "ok"]
         line["status"] = "; ".join(failed) or "ok"
         lines.append(line)
     frame = pd.DataFrame(lines)
@@ -217,20 +249,23 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     return frame
 
 
-def quality_names(scores: dict[int, dict[str, float]]) -> list[str]:
+def quality_names(scores: dict[Subject, dict[str, float]]) -> list[str]:
     present = {name for named in scores.values() for name in named}
     return [name for name in QUALITY if name in present]
 
 
 def _with_change(frame: pd.DataFrame) -> pd.DataFrame:
-    """Each peak against d = 1 in one pass at the same batch size and precision; NaN where that was not measured."""
+    """Each peak against the experiment itself at d = 1 in one pass, at the same batch size and precision; NaN where that was
+    not measured. A variant with a batch size or precision of its own is held against the only such line, where there is one."""
     for short in STEPS:
         whole: dict[Any, float] = {}
-        for _, line in frame[(frame["patch_divider"] == 1) & (frame["patches_per_pass"] == "all")].iterrows():
+        unchanged = frame["variant"].eq("") & frame["patch_divider"].eq(1) & frame["patches_per_pass"].eq("all")
+        for _, line in frame[unchanged].iterrows():
             whole[(line["batch_size"], line["mixed_precision"])] = line[f"{short}_peak_bytes"]
+        only = next(iter(whole.values())) if len(whole) == 1 else math.nan
         bases = [
-            whole.get((n, precision), math.nan)
-            for n, precision in zip(frame["batch_size"], frame["mixed_precision"], strict=True)
+            whole.get((n, precision), only if variant else math.nan)
+            for n, precision, variant in zip(frame["batch_size"], frame["mixed_precision"], frame["variant"], strict=True)
         ]
         place = frame.columns.get_loc(f"{short}_peak_bytes")
         assert isinstance(place, int)
@@ -260,7 +295,7 @@ def split(cells: Iterable[CellResult]) -> pd.DataFrame:
                 }
                 | {"measured_peak_bytes": median(step_values(members, phase, "peak_allocated_bytes"))}
             )
-    columns = ["step", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size", "patches_per_pass"]
+    columns = ["step", "variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size", "patches_per_pass"]
     parts_columns = [f"{name}_bytes" for name in CATEGORIES]
     return pd.DataFrame(lines, columns=[*columns, *parts_columns, "peak_live_bytes", "measured_peak_bytes", "activation_share"])
 

@@ -31,10 +31,11 @@ Timeline = Mapping[str, Any]
 
 
 def representative(cells: Sequence[CellResult], step: str) -> dict[str, Timeline]:
-    """Title → timeline of ``step`` ("train" or "sample"): for each divider the configuration with the lowest peak."""
+    """Title → timeline of ``step`` ("train" or "sample"): for each divider the configuration with the lowest peak; of the
+    experiment itself, without its variants."""
     phase = tables.STEPS[step]
     found: dict[int, tuple[str, Timeline]] = {}
-    for settings, members in tables.configurations(cells):
+    for settings, members in tables.configurations(c for c in cells if not tables.axis(c, "variant")):
         data = next((c.details["timeline"][phase] for c in members if phase in c.details.get("timeline", {})), None)
         divider = settings["patch_divider"]
         if data and (divider not in found or data["peak_bytes"] < found[divider][1]["peak_bytes"]):

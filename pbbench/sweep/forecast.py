@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pbbench.config import Experiment
 from pbbench.records import CATEGORIES
 from pbbench.sweep.calibration import UNCALIBRATED, Calibration
-from pbbench.sweep.grid import Cell
+from pbbench.sweep.grid import Cell, resolve
 
 if TYPE_CHECKING:
     from pbbench.memory.allocator import AllocatorSettings
@@ -147,7 +147,7 @@ def forecast_step(
     from pbbench.memory.steady import operators, steady_state
     from pbbench.sweep import workload
 
-    resolved, device = experiment.with_divider(cell.patch_divider), torch.device("cpu")
+    resolved, device = resolve(experiment, cell), torch.device("cpu")
     build: Callable[..., Any] = {"sample_step": workload.sampling_workload, "train_step": workload.training_workload}[step]
     with nullcontext() if every_chunk else repeated_chunks_skipped(cell.batch_size):
         live = predict(lambda: build(resolved, cell, device), record_events=True)

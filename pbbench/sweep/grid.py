@@ -1,8 +1,9 @@
 """Axes to cells: the list of everything a sweep will run, in order, decided before anything starts. No torch.
 
-A **measure** cell is one (patch_divider, patch_batch_size, batch_size, mixed_precision, repeat) in a fresh process: memory and
-speed of a sampling step and of a training step. A **quality** cell trains one divider once (how the pass is chunked does not
-change the result), samples and scores. Memory and speed of every divider come first: they take minutes, quality takes hours.
+A **measure** cell is one (variant, patch_divider, patch_batch_size, batch_size, mixed_precision, repeat) in a fresh process:
+memory and speed of a sampling step and of a training step. A **quality** cell trains one divider of one variant once per seed
+(how the pass is chunked does not change the result), samples and scores. Memory and speed of every divider come first: they
+take minutes, quality takes hours.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pbbench.config import Experiment, Precision, resolve_patch_batch_size
+from pbbench.config import Experiment, Precision, TrainingConfig, resolve_patch_batch_size
 from pbbench.errors import InputError
+from pbbench.variants import slug
+
+UNLIMITED = 10**9
+"""Optimizer steps of a training that ends by the clock."""
 
 
 @dataclass(frozen=True)
@@ -27,49 +32,94 @@ class Cell:
     batch_size: int
     mixed_precision: Precision
     repeat: int = 0
+    variant: str = ""
+    """Which settings are laid over the experiment (``sweep.variants``); empty: none."""
+    seed: int | None = None
+    """What a training starts from where ``sweep.seeds`` says so; None: the experiment's seed."""
 
     def axes(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key not in ("id", "kind")}
 
     def describe(self) -> str:
         """For a person watching: "d=4: 8 patches a pass, batch 8"."""
+        place = f"{self.variant}, " * bool(self.variant) + f"d={self.patch_divider}"
         if self.kind == "quality":
-            return f"d={self.patch_divider}: train, sample, score"
+            return f"{place}: train, sample, score" + ("" if self.seed is None else f", seed {self.seed}")
         precision = "" if self.mixed_precision == "no" else f", {self.mixed_precision}"
         again = f", repeat {self.repeat}" if self.repeat else ""
         patches = "patch" if self.patch_batch_size == 1 else "patches"
         passes = f"{self.patch_batch_size} {patches} a pass, batch {self.batch_size}"
-        return f"d={self.patch_divider}: {passes}{precision}{again}"
+        return f"{place}: {passes}{precision}{again}"
+
+
+def resolve(experiment: Experiment, cell: Cell) -> Experiment:
+    """The experiment as the cell runs it: at its divider, with its variant's settings, seed and limit of time. Of one that is
+    resolved already it is the same."""
+    found = experiment.at(cell.patch_divider, cell.variant, cell.seed)
+    limit = experiment.sweep.equal_seconds
+    if cell.kind == "measure" or limit is None:
+        return found
+    training = found.training.model_copy(update={"max_seconds": limit, "num_steps": UNLIMITED})
+    return found.model_copy(update={"training": training})
 
 
 def plan(experiment: Experiment) -> list[Cell]:
     """The cells in the order they run, each once: settings that come to the same number of patches a pass are one cell.
 
-    Raises InputError where a divider does not fit the image.
+    Raises InputError where a divider does not fit the image, or trainings would not compare.
     """
-    sweep, training = experiment.sweep, experiment.training
-    for divider in sweep.dividers:
-        experiment.with_divider(divider)
+    sweep = experiment.sweep
+    places = [("", divider) for divider in sweep.dividers]
+    places += [(name, d) for name, variant in sweep.variants.items() for d in variant.get("dividers", sweep.dividers)]
+    resolved = {place: experiment.at(place[1], place[0]) for place in places}
     strangers = [d for d in sweep.checkpoints if d not in {str(divider) for divider in sweep.dividers}]
     if strangers:
         raise InputError(f"sweep.checkpoints names divider {', '.join(strangers)}, which is not among the sweep's dividers")
-    batch_sizes = sweep.batch_sizes or (training.batch_size,)
-    precisions = sweep.mixed_precisions or (training.mixed_precision,)
     if sweep.quality:
         _check_sources(experiment)
+        _check_budgets(experiment, resolved)
     cells: dict[str, Cell] = {}
-    for repeat, divider, setting, batch, precision in product(
-        range(sweep.repeats), sweep.dividers, sweep.patch_batch_sizes, batch_sizes, precisions
-    ):
-        patches = resolve_patch_batch_size(setting, batch, divider)
-        name = f"d{divider}-p{patches}-b{batch}-{precision}" + (f"-r{repeat}" if repeat else "")
-        cells.setdefault(name, Cell(name, "measure", divider, patches, batch, precision, repeat))
-    if sweep.quality:
-        for divider in sweep.dividers:
-            patches = resolve_patch_batch_size(training.patch_batch_size, training.batch_size, divider)
-            name = f"d{divider}-quality"
-            cells[name] = Cell(name, "quality", divider, patches, training.batch_size, training.mixed_precision)
+    for repeat, (variant, divider) in product(range(sweep.repeats), places):
+        own = sweep.variants.get(variant, {}).get("training", {})
+        batch_sizes = (own["batch_size"],) if "batch_size" in own else sweep.batch_sizes or (experiment.training.batch_size,)
+        precisions = sweep.mixed_precisions or (experiment.training.mixed_precision,)
+        precisions = (own["mixed_precision"],) if "mixed_precision" in own else precisions
+        for setting, batch, precision in product(sweep.patch_batch_sizes, batch_sizes, precisions):
+            patches = resolve_patch_batch_size(setting, batch, divider)
+            name = f"{_prefix(variant)}d{divider}-p{patches}-b{batch}-{precision}" + (f"-r{repeat}" if repeat else "")
+            cells.setdefault(name, Cell(name, "measure", divider, patches, batch, precision, repeat, variant))
+    for (variant, divider), seed in product(places if sweep.quality else (), sweep.seeds or (None,)):
+        training = resolved[variant, divider].training
+        patches = resolve_patch_batch_size(training.patch_batch_size, training.batch_size, divider)
+        name = f"{_prefix(variant)}d{divider}-quality" + ("" if seed is None else f"-s{seed}")
+        given: dict[str, Any] = {"variant": variant, "seed": seed}
+        cells[name] = Cell(name, "quality", divider, patches, training.batch_size, training.mixed_precision, **given)
     return list(cells.values())
+
+
+def _prefix(variant: str) -> str:
+    return f"{slug(variant)}-" if variant else ""
+
+
+def _check_budgets(experiment: Experiment, resolved: dict[tuple[str, int], Experiment]) -> None:
+    """Where the images seen are held equal, every variant's budget must come to the experiment's. Raises InputError."""
+    if experiment.sweep.equal != "images":
+        return
+    images = images_to_see(experiment.training)
+    for (variant, _), own in resolved.items():
+        if images_to_see(own.training) != images:
+            one = own.training.batch_size * own.training.gradient_accumulation_steps
+            fits = images % one == 0
+            steps = f"training.num_steps = {images // one}" if fits else f"batches of which {images:,} is a multiple"
+            raise InputError(
+                f'sweep.variants."{variant}" would train on {images_to_see(own.training):,} images and the experiment on '
+                f'{images:,}; give it {steps}, or the sweep equal = "seconds"'
+            )
+
+
+def images_to_see(training: TrainingConfig) -> int:
+    """Of a whole training by one process, with repetition."""
+    return training.num_steps * training.gradient_accumulation_steps * training.batch_size
 
 
 def _check_sources(experiment: Experiment) -> None:

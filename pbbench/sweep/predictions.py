@@ -43,6 +43,8 @@ def forecast_table(experiment: Experiment, cells: Sequence[Cell], calibration: C
     )
     if any(cell.kind == "quality" for cell in cells):
         budget = f"{experiment.training.num_steps:,} steps of {experiment.training.batch_size} images"
+        if experiment.sweep.equal_seconds is not None:
+            budget = f"for {experiment.sweep.equal_seconds:g} seconds"
         table.caption += f" A quality cell trains {budget} and scores {experiment.quality.num_images:,} samples."
     return table
 

@@ -19,7 +19,7 @@ from typing import Any
 from pbbench.config import Experiment
 from pbbench.errors import StorageError, writing_to
 from pbbench.records import CellResult, Row
-from pbbench.sweep.grid import Cell
+from pbbench.sweep.grid import Cell, resolve
 from pbbench.sweep.rows import base_row
 
 COMMAND = (sys.executable, "-m", "pbbench.sweep.worker")
@@ -33,7 +33,7 @@ class Worker:
     def __init__(self, experiment: Experiment, cell: Cell, device: str, out: Path, gpu: str | None = None) -> None:
         """``gpu``: the only one the process may see, as CUDA_VISIBLE_DEVICES names it; None: what this process sees."""
         self.cell, self.device, self.limit = cell, device, experiment.sweep.cell_timeout_seconds
-        self.experiment = experiment.with_divider(cell.patch_divider)
+        self.experiment = resolve(experiment, cell)
         self.result = CellResult(id=cell.id, kind=cell.kind, status="ok", axes=cell.axes(), rows=[])
         self.phase, self.finished, self.timed_out, self._pending = "load", False, False, b""
         self.log = out / "logs" / f"{cell.id}.log"

@@ -18,6 +18,7 @@ def base_row(experiment: Experiment, cell: Cell, device: str) -> dict[str, Any]:
     model = experiment.model
     return {
         "cell": cell.id,
+        "variant": cell.variant,
         "repeat": cell.repeat,
         "device": device,
         "image_size": f"{model.size[0]}×{model.size[1]}",

@@ -72,7 +72,8 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     sets = {"reference": reference.description, "num_reference_images": len(reference)}
     sets["skipped"] = [f"{unreadable.name}: {unreadable.reason}" for unreadable in data.skipped]
     sets["num_held_out"] = len(held_out) if held_out else 0
-    emit("detail", grid=grid, metrics=scores, held_out=loss, training_seed=experiment.seed, **sets, **seconds, **trained)
+    trained |= {"training_seed": experiment.seed, "equal": experiment.sweep.equal}
+    emit("detail", grid=grid, metrics=scores, held_out=loss, **sets, **seconds, **trained)
 
 
 def _checkpoint(experiment: Experiment, cell: Cell, device: str, run: Path, emit: Emit) -> tuple[Path, dict[str, Any]]:
@@ -80,11 +81,12 @@ def _checkpoint(experiment: Experiment, cell: Cell, device: str, run: Path, emit
     from pbbench.training.checkpoint import read_config
     from pbbench.training.train import train
 
-    given = experiment.sweep.checkpoints.get(str(cell.patch_divider))
+    given = None if cell.variant else experiment.sweep.checkpoints.get(str(cell.patch_divider))
     if given is not None:
         config = read_config(Path(given))
         return Path(given), {"images_seen": config["images_seen"], "trained_steps": config["step"], "checkpoint": "given"}
-    out = run / "checkpoints" / f"d{cell.patch_divider}"
+    plain = not cell.variant and cell.seed is None
+    out = run / "checkpoints" / (f"d{cell.patch_divider}" if plain else cell.id)
     here = experiment.model_copy(update={"device": device})
     result = train(here, out, resume=out.exists(), progress=lambda state: emit("progress", doing="train", **state))
     if result.status == "nan_loss":
@@ -147,5 +149,5 @@ def _held_out(
         return {"mean": None, "bands": []}
     batch, patches = cell.batch_size, cell.patch_batch_size
     return held_out_loss(
-        model, diffusion, images, seed=experiment.seed, batch_size=batch, patch_batch_size=patches, device=device
+        model, diffusion, images, seed=experiment.data_seed, batch_size=batch, patch_batch_size=patches, device=device
     )

@@ -23,7 +23,7 @@ from pbbench.config import Experiment, parse_experiment
 from pbbench.errors import InputError, StorageError, writing_to
 from pbbench.records import CellResult, Row, read_cell, write_cell
 from pbbench.sweep import folder, local
-from pbbench.sweep.grid import Cell, plan
+from pbbench.sweep.grid import Cell, plan, resolve
 from pbbench.sweep.local import Listener
 from pbbench.sweep.process import SAVING_SECONDS, Worker, stop
 from pbbench.sweep.rows import base_row
@@ -226,7 +226,7 @@ def _lost(experiment: Experiment, cell: Cell, device: str, job: Any) -> CellResu
     why = f"Slurm's job {job.job_id} ended{known} without a result; its log is {Path(job.paths.stderr).name} in slurm/"
     status: Any = _STATUS.get(state, "killed")
     phase = "quality" if cell.kind == "quality" else "load"
-    row = {**base_row(experiment.with_divider(cell.patch_divider), cell, device), "status": status, "phase": phase}
+    row = {**base_row(resolve(experiment, cell), cell, device), "status": status, "phase": phase}
     return CellResult(
         id=cell.id,
         kind=cell.kind,

@@ -13,7 +13,7 @@ def training_and_held_out(experiment: Experiment) -> tuple[ImageSet, ImageSet | 
     its images show (see ``open_images``), so both parts are random choices.
     """
     data = experiment.data
-    images = open_images(data.source, experiment.model.size, data.num_images, experiment.seed)
+    images = open_images(data.source, experiment.model.size, data.num_images, experiment.data_seed)
     held_out = min(data.num_held_out, len(images) // 10)
     if not held_out:
         return images, None

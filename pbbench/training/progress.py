@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -20,12 +21,20 @@ LINE_INTERVAL = 30.0
 class Progress:
     """Reports {step, num_steps, loss, images_per_second, seconds_left} to a callback and, if asked, draws a bar.
 
-    The rate is that of the last reports (some ten seconds). Used as a context manager.
+    The rate is that of the last reports (some ten seconds). Where ``ends_at`` (of the monotonic clock) comes first, num_steps
+    is the step it should come at. Used as a context manager.
     """
 
     def __init__(
-        self, callback: Callable[[dict[str, Any]], None] | None, show_bar: bool, num_steps: int, step: int, images_per_step: int
+        self,
+        callback: Callable[[dict[str, Any]], None] | None,
+        show_bar: bool,
+        num_steps: int,
+        step: int,
+        images_per_step: int,
+        ends_at: float = math.inf,
     ) -> None:
+        self.ends_at = ends_at
         self.callback, self.num_steps, self.images_per_step = callback, num_steps, images_per_step
         self.marks: deque[tuple[float, int]] = deque([(time.monotonic(), step)], maxlen=20)
         self.bar = _Bar(num_steps, step) if show_bar else None
@@ -45,12 +54,14 @@ class Progress:
         since, first = self.marks[0]
         steps_per_second = (step - first) / max(now - since, 1e-9)
         self.marks.append((now, step))
+        possible = steps_per_second * max(self.ends_at - now, 0)
+        num_steps = min(self.num_steps, step + math.ceil(possible)) if math.isfinite(possible) else self.num_steps
         state = {
             "step": step,
-            "num_steps": self.num_steps,
+            "num_steps": num_steps,
             "loss": loss,
             "images_per_second": steps_per_second * self.images_per_step,
-            "seconds_left": (self.num_steps - step) / steps_per_second if steps_per_second > 0 else None,
+            "seconds_left": (num_steps - step) / steps_per_second if steps_per_second > 0 else None,
         }
         if self.callback is not None:
             self.callback(state)
@@ -80,7 +91,7 @@ class _Bar:
         time_left = "" if left is None else f" · {timedelta(seconds=round(left))} left"
         note = f"loss {state['loss']:.4f} · {state['images_per_second']:,.1f} images/s{time_left}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=state["step"], note=note)
+            self.bar.update(self.task, completed=state["step"], total=state["num_steps"], note=note)
         elif time.monotonic() - self.last_line >= LINE_INTERVAL or state["step"] == state["num_steps"]:
             self.last_line = time.monotonic()
             self.console.print(

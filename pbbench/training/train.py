@@ -116,7 +116,8 @@ def train(
     progress: Callable[[dict[str, Any]], None] | None = None,
     show_bar: bool = False,
 ) -> TrainingResult:
-    """Train ``experiment`` to ``training.num_steps`` into the folder ``out``: checkpoints, sample grids, experiment.toml.
+    """Train ``experiment`` to ``training.num_steps``, or for ``training.max_seconds`` where those pass first, into the folder
+    ``out``: checkpoints, sample grids, experiment.toml.
 
     With ``resume`` an interrupted run of the same settings goes on from its last checkpoint; equal to the bit, on a CPU, to
     the run that was never interrupted. Ctrl-C and SIGTERM save a checkpoint, then have their usual effect. To be called by
@@ -180,9 +181,9 @@ class _Run:
         self.ema.update(self.bare, self.step)
         return mean_loss / section.gradient_accumulation_steps
 
-    def settle(self, pending: list[Tensor], stop: StopSignals) -> tuple[list[float], bool]:
-        """Wait for the device once: the losses since the last look, and whether any process was told to stop."""
-        values = torch.stack([*pending, torch.tensor(float(stop.received is not None), device=pending[0].device)])
+    def settle(self, pending: list[Tensor], stop: bool) -> tuple[list[float], bool]:
+        """Wait for the device once: the losses since the last look, and whether any process is to stop."""
+        values = torch.stack([*pending, torch.tensor(float(stop), device=pending[0].device)])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "mean")
         *losses, stopping = values.tolist()
@@ -263,9 +264,11 @@ def _train(
     settle_every = 1 if accelerator.device.type == "cpu" else SETTLE_EVERY
     tolerated = SKIPPED_STEPS_TOLERATED if section.mixed_precision == "fp16" else 0
     pending: list[Tensor] = []
-    bad, status, stopping = 0, "ok", False
+    limit = math.inf if section.max_seconds is None else section.max_seconds
+    bad, status, stopping = 0, "ok", run.seconds >= limit
     started = time.monotonic() - run.seconds
-    reporter = Progress(progress if main else None, show_bar and main, section.num_steps, run.step, run.images_per_step)
+    told, ends_at = progress if main else None, started + limit
+    reporter = Progress(told, show_bar and main, section.num_steps, run.step, run.images_per_step, ends_at)
     with stop, reporter:
         while run.step < section.num_steps and not stopping:
             pending.append(run.optimizer_step(batches))
@@ -273,7 +276,7 @@ def _train(
             saving = last or run.step % section.save_every == 0
             drawing = section.sample_every > 0 and (last or run.step % section.sample_every == 0)
             if saving or drawing or run.step % settle_every == 0:
-                losses, stopping = run.settle(pending, stop)
+                losses, stopping = run.settle(pending, stop.received is not None or time.monotonic() >= ends_at)
                 pending.clear()
                 for loss in losses:
                     bad = 0 if math.isfinite(loss) else bad + 1
@@ -287,7 +290,7 @@ def _train(
                     run.save(time.monotonic() - started)
                 if drawing:
                     run.draw_grid()
-            reporter.report(run.step, run.loss, force=last)
+            reporter.report(run.step, run.loss, force=last or stopping)
     batches.close()  # type: ignore[attr-defined]
     steps = run.step - max(bad - 1, 0) if status == "nan_loss" else run.step
     saved = checkpoints.checkpoints_of(out)
