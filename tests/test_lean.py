@@ -18,6 +18,7 @@ from pbbench.config import DiffusionConfig, ModelConfig, SamplingConfig
 from pbbench.memory.tensors import trace
 from pbbench.model import attention, lean
 from pbbench.model.diffusion import Diffusion
+from pbbench.model.layers import Convolution
 from pbbench.model.lean import channel_norm, norm_silu, recomputed, recomputing
 from pbbench.model.reference import reference_name
 from pbbench.model.sampling import sample, sample_step
@@ -201,6 +202,37 @@ def test_linear_attention_is_the_plain_one_whichever_way_the_products_associate(
     inputs = [y, qkv.weight, out.weight, out.bias]
     for ours, theirs in zip(*(torch.autograd.grad(r, inputs, pull) for r in (recorded, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_large_weights_are_applied_in_pieces_where_the_map_is_small(
+    bias: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = Convolution(6, 10, 3, padding=1, bias=bias)
+    monkeypatch.setattr(Convolution, "LARGEST_COPY", 4 * conv.weight.numel() // 3)  # three pieces
+    calls: list[int] = []
+    forward = nn.Conv2d._conv_forward
+
+    def counted(self: nn.Conv2d, x: Tensor, weight: Tensor, b: Tensor | None) -> Tensor:
+        calls.append(len(weight))
+        return forward(self, x, weight, b)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
+    small, large = torch.randn(3, 6, 4, 4), torch.randn(3, 6, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for x, pieces in ((small, [4, 4, 2]), (large, [10])):
+            calls.clear()
+            with torch.no_grad():
+                y = conv(x)
+            assert calls == pieces
+            expected = nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+            assert y.dtype == expected.dtype
+            torch.testing.assert_close(y, expected, rtol=1e-2 if autocast else 1e-5, atol=1e-5)
+        calls.clear()
+        conv(small).sum().backward()
+    assert calls == [10]
+    assert conv.weight.grad is not None
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -31,12 +31,31 @@ class ChannelLayerNorm(nn.Module):
         return channel_norm(x, self.scale, self.shift, overwrite=overwrite)
 
 
+class Convolution(nn.Conv2d):
+    """nn.Conv2d; on a CPU, without gradients, weights above 32 MiB are applied in pieces of the output's channels.
+
+    At each call oneDNN copies the weights into its own order. The C library maps a copy of more than 32 MiB afresh every time,
+    page by page, which takes longer than convolving the small maps of a chunk; a smaller one reuses what was freed before.
+    """
+
+    LARGEST_COPY = 2**25
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = -(-self.weight.numel() * self.weight.element_size() // self.LARGEST_COPY)
+        few_pixels = self.out_channels * x[:, 0].numel() <= self.weight.numel()  # the pieces and the whole exist together
+        if pieces == 1 or not few_pixels or x.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(x)
+        biases = self.bias.chunk(pieces) if self.bias is not None else [None] * pieces
+        weights = self.weight.chunk(pieces)
+        return torch.cat([self._conv_forward(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
+
+
 class Block(nn.Module):
     """The parameters of: 3×3 convolution, group normalisation, optionally x·(scale + 1) + shift, SiLU."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv = Convolution(in_channels, out_channels, 3, padding=1)
         self.norm = nn.GroupNorm(groups, out_channels, eps=1e-5)
 
     def activate(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
