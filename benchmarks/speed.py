@@ -102,7 +102,7 @@ def plain_network() -> Iterator[None]:
         def set_recompute(self, recompute: str) -> Plain:
             return self
 
-        def forward(self, x_t: Any, t: Any, patch_batch_size: Any = None, rows: Any = None, grid: int = 0) -> Any:
+        def forward(self, x_t: Any, t: Any, patch_batch_size: Any = None, rows: Any = None) -> Any:
             weights = {reference_name(name): parameter for name, parameter in self.network.named_parameters()}
             images = plain_unet(weights, x_t, t, self.config.patch_divider, self.config.resnet_block_groups)
             return images if rows is None else split(images, self.config.patch_divider, rows)

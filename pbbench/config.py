@@ -84,10 +84,9 @@ class ModelConfig(Section):
     """Tell the network where a patch lies (the paper's first conditioning); false for an ablation."""
     global_content: bool = True
     """Show the network the whole image at the patch's size (the paper's second conditioning); false for an ablation."""
-    alternating_grid: bool = False
-    """Shift the grid of patches by half a patch, around the image's edges, in every other step of training and of sampling, so
-    that no pair of pixels always lies on a border. Same memory and time; not in the paper, and its weights differ from those
-    without it."""
+    border_context: bool = False
+    """Let the first convolution see past a patch's border: where its 7 × 7 window reaches over, it reads the noisy image's
+    pixels instead of zeros. Same weights, memory and time; not in the paper."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -104,11 +103,6 @@ class ModelConfig(Section):
     def num_patches(self) -> int:
         return self.patch_divider**2
 
-    @property
-    def num_positions(self) -> int:
-        """Places that a patch can have: of one grid, or of two."""
-        return self.num_patches * (2 if self.alternating_grid else 1)
-
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:
         if self.dim_mults[0] != 1:
@@ -120,8 +114,6 @@ class ModelConfig(Section):
                 f"dim {self.dim} does not fit: it must be even, at least 4 and divisible by resnet_block_groups "
                 f"({self.resnet_block_groups}); for example {nearest}"
             )
-        if self.alternating_grid and not self.position_conditioning:
-            raise ValueError("alternating_grid needs position_conditioning, which tells the network on which grid a patch lies")
         d, levels = self.patch_divider, len(self.dim_mults)
         unit = d * 2 ** (levels - 1)
         if any(side % unit for side in self.size):

@@ -1,19 +1,18 @@
-"""What the paper's two conditionings are for, switched off one by one; and the alternating grid, which moves the seams."""
+"""What the paper's two conditionings are for, switched off one by one; and the border context, which is ours."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pbbench.config import DiffusionConfig, ModelConfig, SamplingConfig, parse_experiment
-from pbbench.errors import InputError
-from pbbench.model.diffusion import Diffusion
-from pbbench.model.patching import merge, patch_position, shift, split
-from pbbench.model.sampling import sample
+from pbbench.config import ModelConfig
+from pbbench.memory.tensors import trace
+from pbbench.model.patching import network_input, split
 from pbbench.model.unet import PatchUNet
-from pbbench.training.setup import build_accelerator
-from pbbench.training.train import train_step
 
 SMALL = {"dim": 16, "dim_mults": (1, 2), "image_size": 16, "patch_divider": 2}
+SWITCHED = [{"position_conditioning": False}, {"global_content": False}, {"border_context": True}]
+SWITCHED += [{"border_context": True, "global_content": False}]
 
 
 def network(**fields: object) -> PatchUNet:
@@ -47,94 +46,65 @@ def test_without_global_content_a_patch_does_not_see_the_rest(x_t: Tensor) -> No
         assert torch.allclose(before, after, atol=1e-6) is not shown
 
 
-def test_an_ablated_network_has_no_idle_parameters(x_t: Tensor) -> None:
-    for fields in ({"position_conditioning": False}, {"global_content": False}, {"alternating_grid": True}):
-        model = network(**fields)
-        grids = (0, 1) if "alternating_grid" in fields else (0,)
-        sum(model(x_t, T, grid=grid).square().mean() for grid in grids).backward()  # type: ignore[union-attr]
-        assert all(p.grad is not None and p.grad.any() for p in model.parameters()), fields
+@pytest.mark.parametrize("distance", [1, 3, 4])
+def test_with_border_context_a_patch_sees_three_pixels_past_its_border(distance: int, x_t: Tensor) -> None:
+    """Without global content, so that nothing else tells of the other patches."""
+    changed = x_t.clone()
+    changed[:, :, :8, 7 + distance] += 1  # beside the first patch; the patch below lies at a corner
+    changed[:, :, 8 + distance - 1 :, :] += 1
+    for border, reached in ((False, False), (True, distance <= 3)):
+        model = network(border_context=border, global_content=False).eval()
+        with torch.no_grad():
+            before, after = (model(image, T)[:, :, :8, :8] for image in (x_t, changed))
+        assert torch.allclose(before, after, atol=1e-6) is not reached
 
 
-@pytest.mark.parametrize("fields", [{"position_conditioning": False}, {"global_content": False}, {"alternating_grid": True}])
-@pytest.mark.parametrize("grid", [0, 1])
-def test_any_chunk_gives_the_same(fields: dict[str, bool], grid: int, x_t: Tensor) -> None:
-    if grid and "alternating_grid" not in fields:
-        return
+@pytest.mark.parametrize("with_content", [True, False])
+def test_the_border_is_cut_from_the_padded_image(with_content: bool, x_t: Tensor) -> None:
+    d, size, border = 4, 4, 3
+    padded = F.pad(x_t, (border,) * 4)
+    pieces = []
+    for k in range(d * d):
+        top, left = k // d * size, k % d * size
+        patch = padded[:, :, top : top + size + 2 * border, left : left + size + 2 * border]
+        content = F.pad(F.adaptive_avg_pool2d(x_t, (size, size)), (border,) * 4)
+        pieces.append(torch.cat((patch, content), 1) if with_content else patch)
+    expected = torch.cat(pieces)
+    for rows in (slice(0, 32), slice(3, 8), slice(31, 32)):
+        assert torch.equal(network_input(x_t, None, rows, d, with_content=with_content, border=border), expected[rows])
+
+
+def test_border_context_on_a_whole_image_is_the_plain_network(x_t: Tensor) -> None:
+    """Its border is the image's edge, beyond which both see zeros; and the weights are the same."""
+    plain, other = network(patch_divider=1), network(patch_divider=1, border_context=True)
+    other.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(other(x_t, T), plain(x_t, T))
+
+
+def test_border_context_costs_no_memory() -> None:
+    config = SMALL | {"dim": 32, "image_size": 32}
+    x_t, t = torch.randn(2, 3, 32, 32), torch.tensor([10, 700])
+    peaks = []
+    for border in (False, True):
+        model = network(**config | {"border_context": border}).eval().requires_grad_(False)
+        with torch.no_grad():
+            peaks.append(trace(lambda: model(x_t, t, patch_batch_size=2), modules={"model": model}).peak_bytes)  # noqa: B023
+    assert peaks[1] <= peaks[0]
+
+
+@pytest.mark.parametrize("fields", SWITCHED)
+def test_a_switched_network_has_no_idle_parameters(fields: dict[str, bool], x_t: Tensor) -> None:
+    model = network(**fields)
+    model(x_t, T).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("fields", SWITCHED)
+def test_any_chunk_gives_the_same(fields: dict[str, bool], x_t: Tensor) -> None:
     model = network(**fields).eval()
     with torch.no_grad():
-        together = model(x_t, T, grid=grid)
+        together = model(x_t, T)
         for chunk in (1, 2, 3):
-            torch.testing.assert_close(model(x_t, T, patch_batch_size=chunk, grid=grid), together)
-        pieces = [model(x_t, T, rows=slice(n, n + 2), grid=grid) for n in range(0, 8, 2)]
-        torch.testing.assert_close(shift(merge(torch.cat(pieces), 2), 2, -grid), together)
-
-
-def test_shifting_there_and_back(x_t: Tensor) -> None:
-    for d in (1, 2, 4):
-        moved = shift(x_t, d, 1)
-        assert not torch.equal(moved, x_t)
-        assert torch.equal(shift(moved, d, -1), x_t)
-        assert torch.equal(moved[0, 0, 0, 0], x_t[0, 0, 8 // d, 8 // d])
-    assert shift(x_t, 2, 0) is x_t
-
-
-def test_the_two_grids_have_places_of_their_own() -> None:
-    places = torch.cat([patch_position(slice(0, 4), 1, 2, torch.device("cpu"), grid=grid, grids=2) for grid in (0, 1)])
-    assert torch.equal(places, torch.eye(8))
-
-
-def test_on_the_other_grid_the_pixels_across_a_border_meet() -> None:
-    """Without global content, what lies across a border reaches a pixel only on the shifted grid."""
-    x, t = torch.randn(1, 3, 16, 16), torch.tensor([500])
-    changed = x.clone()
-    changed[:, :, :, 8] += 1  # the first column beyond the border between the patches
-    model = network(alternating_grid=True, global_content=False).eval()
-    with torch.no_grad():
-        for grid, reached in ((0, False), (1, True)):
-            before, after = (model(image, t, grid=grid)[:, :, :, 7] for image in (x, changed))
-            assert torch.allclose(before, after, atol=1e-6) is not reached
-
-
-def test_sampling_and_training_use_both_grids(x_t: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = network(alternating_grid=True), []
-    forward = PatchUNet.forward
-
-    def spy(self: PatchUNet, *args: object, grid: int = 0, **named: object) -> Tensor:
-        seen.append(grid)
-        return forward(self, *args, grid=grid, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(PatchUNet, "forward", spy)
-    diffusion = Diffusion(DiffusionConfig(num_train_timesteps=50), "cpu")
-    for sampler in ("ddpm", "ddim"):
-        seen.clear()
-        config = SamplingConfig(sampler=sampler, num_inference_steps=4)  # type: ignore[arg-type]
-        assert sample(model, diffusion, config, range(1), device="cpu").shape == (1, 3, 16, 16)
-        assert seen == [1, 0, 1, 0]
-
-
-@pytest.mark.parametrize("grid", [0, 1])
-def test_the_gradient_of_a_chunked_step_is_that_of_the_plain_loss(grid: int, x_t: Tensor) -> None:
-    model, noise, t = network(alternating_grid=True), torch.randn(2, 3, 16, 16), torch.tensor([3, 40])
-    diffusion = Diffusion(DiffusionConfig(num_train_timesteps=50), "cpu")
-    x = diffusion.q_sample(x_t, t, noise)
-    (model(x, t, grid=grid) - noise).abs().mean().backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
-    model.zero_grad()
-    accelerator = build_accelerator(parse_experiment({"model": SMALL}, "test"), "cpu")
-
-    class Keep:
-        def step(self) -> None: ...
-        def zero_grad(self, set_to_none: bool) -> None: ...
-
-    train_step(
-        model, x_t, t, noise, diffusion=diffusion, optimizer=Keep(), accelerator=accelerator, patch_batch_size=3, grid=grid
-    )
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
-
-
-def test_what_is_refused(x_t: Tensor) -> None:
-    with pytest.raises(InputError, match="alternating_grid"):
-        network()(x_t, T, grid=1)
-    with pytest.raises(InputError, match="position_conditioning"):
-        parse_experiment({"model": {"alternating_grid": True, "position_conditioning": False}}, "test")
+            torch.testing.assert_close(model(x_t, T, patch_batch_size=chunk), together)
+        for n in range(0, 8, 2):
+            torch.testing.assert_close(model(x_t, T, rows=slice(n, n + 2)), split(together, 2, slice(n, n + 2)))

@@ -17,8 +17,8 @@ from torch.autograd import gradcheck
 from pbbench.config import DiffusionConfig, ModelConfig, SamplingConfig
 from pbbench.memory.tensors import trace
 from pbbench.model import attention, lean
+from pbbench.model.convolution import Convolution
 from pbbench.model.diffusion import Diffusion
-from pbbench.model.layers import Convolution
 from pbbench.model.lean import channel_norm, norm_silu, recomputed, recomputing
 from pbbench.model.reference import reference_name
 from pbbench.model.sampling import sample, sample_step

@@ -24,7 +24,7 @@ class Gaussian:
     mean, deviation = 0.2, 0.25
 
     def __init__(self, prediction_type: str = "epsilon", size: int = 8) -> None:
-        self.config = SimpleNamespace(channels=3, size=(size, size), patch_divider=2, alternating_grid=False)
+        self.config = SimpleNamespace(channels=3, size=(size, size), patch_divider=2)
         self.prediction_type = prediction_type
         self.alphas_cumprod = Diffusion(DiffusionConfig()).alphas_cumprod_float64
 

@@ -39,8 +39,8 @@ def tiny(more: str = "", **sweep: Any) -> Experiment:
 ABLATIONS = """
 [sweep.variants."no position"]
 model.position_conditioning = false
-[sweep.variants.shifted]
-"model.alternating_grid" = true
+[sweep.variants.bordered]
+"model.border_context" = true
 [sweep.variants.accumulated]
 dividers = [1]
 training = { batch_size = 2, gradient_accumulation_steps = 2 }
@@ -60,7 +60,7 @@ def test_every_variant_has_cells_of_its_own_at_its_dividers() -> None:
     assert [cell.id for cell in rivals] == ["accumulated-d1-p2-b2-no", "accumulated-d1-quality"]
     assert {cell.batch_size for cell in rivals} == {2}
     assert len({cell.id for cell in cells}) == len(cells)
-    assert {cell.axes()["variant"] for cell in cells} == {"", "no position", "shifted", "accumulated"}
+    assert {cell.axes()["variant"] for cell in cells} == {"", "no position", "bordered", "accumulated"}
 
 
 def test_a_cells_experiment_is_that_of_its_variant_and_resolving_twice_changes_nothing() -> None:
@@ -69,7 +69,7 @@ def test_a_cells_experiment_is_that_of_its_variant_and_resolving_twice_changes_n
         found = resolve(experiment, cell)
         assert found.model.patch_divider == cell.patch_divider
         assert found.model.position_conditioning is (cell.variant != "no position")
-        assert found.model.alternating_grid is (cell.variant == "shifted")
+        assert found.model.border_context is (cell.variant == "bordered")
         assert found.training.gradient_accumulation_steps == (2 if cell.variant == "accumulated" else 1)
         again = parse_experiment(found.model_dump(mode="json"), "a job")  # as a worker gets it
         assert resolve(again, cell) == found
@@ -92,7 +92,6 @@ def test_a_variant_can_be_given_on_the_command_line() -> None:
     [
         ({"a": {"model.positoin_conditioning": False}}, 'sweep.variants."a": unknown key model.positoin_conditioning'),
         ({"a": {"model.dim": 12}}, 'sweep.variants."a": model: dim 12 does not fit'),
-        ({"a": {"model.position_conditioning": False, "model.alternating_grid": True}}, "alternating_grid needs"),
         ({"a/b": {"model.dim": 16}}, "'a/b' is no name"),
         ({" a": {"model.dim": 16}}, "' a' is no name"),
         ({"a b": {"model.dim": 16}, "A_b": {"model.dim": 24}}, "share their files"),
@@ -171,7 +170,7 @@ def test_where_time_is_held_equal_a_training_ends_by_the_clock_and_can_go_on(tmp
 def test_the_ablations_file_plans_each_conditioning_without_the_other() -> None:
     experiment = load_experiment(preset="ablations")
     cells = plan(experiment)
-    variants = ["", "no position", "no global content", "alternating grid"]
+    variants = ["", "no position", "no global content", "border context"]
     trained = [(cell.variant, cell.patch_divider) for cell in cells if cell.kind == "quality"]
     assert trained == [(variant, divider) for variant in variants for divider in (2, 4)]
     assert [(c.variant, c.patch_divider) for c in cells if c.kind == "measure"] == trained
@@ -181,7 +180,7 @@ def test_the_ablations_file_plans_each_conditioning_without_the_other() -> None:
     assert changes == {
         "no position": ["position_conditioning"],
         "no global content": ["global_content"],
-        "alternating grid": ["alternating_grid"],
+        "border context": ["border_context"],
     }
 
 
@@ -206,12 +205,12 @@ def test_a_scored_cell_says_which_variant_seed_and_budget_it_is_of(tmp_path: Any
     small = {"num_images": 8, "metrics": ["fid"], "reference_grid": False}
     given = tiny(ABLATIONS, seeds=[7], equal="seconds", equal_seconds=0.1).model_dump(mode="json")
     experiment = parse_experiment(given | {"quality": small, "sampling": {"sampler": "ddim", "num_inference_steps": 1}}, "test")
-    cell = next(cell for cell in plan(experiment) if cell.id == "shifted-d2-quality-s7")
+    cell = next(cell for cell in plan(experiment) if cell.id == "bordered-d2-quality-s7")
     told: dict[str, dict[str, Any]] = {}
     monkeypatch.setattr("pbbench.quality.fid.resolve_inception_weights", without_weights)
     train_and_score(resolve(experiment, cell), cell, "cpu", tmp_path, lambda event, **values: told.update({event: values}))
     row = told["row"]["row"]
-    assert (row["variant"], row["patch_divider"], row["seed"]) == ("shifted", 2, 0)  # the samples' seed
+    assert (row["variant"], row["patch_divider"], row["seed"]) == ("bordered", 2, 0)  # the samples' seed
     assert (told["detail"]["training_seed"], told["detail"]["equal"]) == (7, "seconds")
     assert row["images_seen"] == 4 * told["detail"]["trained_steps"] > 0
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir() if folder.name != "statistics"] == [cell.id]

@@ -19,11 +19,8 @@ def check_rows(rows: slice | None, num_images: int, d: int) -> slice:
     return slice(start, stop)
 
 
-def check_images(x_t: Tensor, t: Tensor, config: ModelConfig, grid: int = 0) -> None:
-    """Raises InputError unless x_t is N C H W with sides that can be divided and halved, t has a timestep per image, and the
-    network knows the grid."""
-    if grid not in ((0, 1) if config.alternating_grid else (0,)):
-        raise InputError(f"grid is {grid}; it is 0, or 0 and 1 in turn for a network with alternating_grid")
+def check_images(x_t: Tensor, t: Tensor, config: ModelConfig) -> None:
+    """Raises InputError unless x_t is N C H W with sides that can be divided and halved, and t has a timestep per image."""
     unit = config.patch_divider * 2 ** (len(config.dim_mults) - 1)
     if x_t.ndim != 4 or 0 in x_t.shape or x_t.shape[1] != config.channels or x_t.shape[2] % unit or x_t.shape[3] % unit:
         raise InputError(

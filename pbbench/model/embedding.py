@@ -27,20 +27,20 @@ class Embedding(nn.Module):
     A sum of a part that knows the time and one that knows the position: a step needs N of one and d² of the other, not N·d².
     """
 
-    def __init__(self, dim: int, num_positions: int | None) -> None:
-        """num_positions: None where the position is not told."""
+    def __init__(self, dim: int, num_patches: int | None) -> None:
+        """num_patches: None where the position is not told."""
         super().__init__()
         self.dim = dim
         self.time = nn.Linear(dim, dim)
-        self.position = nn.Linear(num_positions, dim) if num_positions else None
-        self.join = nn.Linear(2 * dim if num_positions else dim, 4 * dim)
+        self.position = nn.Linear(num_patches, dim) if num_patches else None
+        self.join = nn.Linear(2 * dim if num_patches else dim, 4 * dim)
 
     def when(self, t: Tensor) -> Tensor:
         """Of timesteps (int64, any number R): R × 4·dim."""
         return F.linear(F.gelu(self.time(sinusoidal(t, self.dim))), self.join.weight[:, : self.dim], self.join.bias)
 
     def where(self, position: Tensor) -> Tensor:
-        """Of one-hot patch indices R × num_positions: R × 4·dim."""
+        """Of one-hot patch indices R × num_patches: R × 4·dim."""
         if self.position is None:
             return position.new_zeros(len(position), self.join.out_features)
         return F.linear(F.gelu(self.position(position)), self.join.weight[:, self.dim :])

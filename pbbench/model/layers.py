@@ -4,7 +4,7 @@ Shapes: R rows (patches in the pass), C channels, h × w pixels of the current l
 Sources: Ho et al. 2020 (residual blocks), Nichol and Dhariwal 2021 (scale and shift), Shen et al. 2021 (linear attention),
 put together as in the code released with Arakawa et al. 2023, whose trained weights must load (``reference.py``).
 Under autocast maps have the lower precision and the statistics of a normalisation float32.
-How the parts do with little memory is in ``lean`` (normalisations) and ``attention``; here is what they are.
+How the parts do with little memory is in ``lean`` (normalisations), ``attention`` and ``convolution``; here is what they are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pbbench.model.attention import HEAD_WIDTH, HEADS, linear_attention
+from pbbench.model.convolution import Convolution
 from pbbench.model.lean import channel_norm, norm_silu, recomputed, recomputing
 
 
@@ -29,25 +30,6 @@ class ChannelLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
         return channel_norm(x, self.scale, self.shift, overwrite=overwrite)
-
-
-class Convolution(nn.Conv2d):
-    """nn.Conv2d; on a CPU, without gradients, weights above 32 MiB are applied in pieces of the output's channels.
-
-    At each call oneDNN copies the weights into its own order. The C library maps a copy of more than 32 MiB afresh every time,
-    page by page, which takes longer than convolving the small maps of a chunk; a smaller one reuses what was freed before.
-    """
-
-    LARGEST_COPY = 2**25
-
-    def forward(self, x: Tensor) -> Tensor:
-        pieces = -(-self.weight.numel() * self.weight.element_size() // self.LARGEST_COPY)
-        few_pixels = self.out_channels * x[:, 0].numel() <= self.weight.numel()  # the pieces and the whole exist together
-        if pieces == 1 or not few_pixels or x.device.type != "cpu" or torch.is_grad_enabled():
-            return super().forward(x)
-        biases = self.bias.chunk(pieces) if self.bias is not None else [None] * pieces
-        weights = self.weight.chunk(pieces)
-        return torch.cat([self._conv_forward(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)
 
 
 class Block(nn.Module):

@@ -74,15 +74,6 @@ def write_rows(out: Tensor, patches: Tensor, rows: slice, d: int) -> None:
         done += n.stop - n.start
 
 
-def shift(images: Tensor, d: int, grid: int) -> Tensor:
-    """The images as ``grid`` divides them: grid 0 as they are; grid 1 moved up and left by half a patch, around the edges, so
-    that the middle of what were four patches' corners becomes one patch. ``grid`` −1 moves back. N C H W, a copy unless 0."""
-    if grid == 0:
-        return images
-    h, w = images.shape[-2] // d, images.shape[-1] // d
-    return torch.roll(images, (-grid * (h // 2), -grid * (w // 2)), dims=(-2, -1))
-
-
 def row_images(rows: slice, num_images: int, device: torch.device) -> Tensor:
     """The image n of each row: R, int64."""
     return torch.arange(rows.start, rows.stop, device=device) % num_images
@@ -93,19 +84,10 @@ def row_patches(rows: slice, num_images: int, device: torch.device) -> Tensor:
     return torch.arange(rows.start, rows.stop, device=device) // num_images
 
 
-def patch_position(
-    rows: slice,
-    num_images: int,
-    d: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    *,
-    grid: int = 0,
-    grids: int = 1,
-) -> Tensor:
-    """Where the patch of each row lies: one-hot of its index k on its grid, R × d²·grids."""
-    place = row_patches(rows, num_images, device) + grid * d * d
-    return (place[:, None] == torch.arange(d * d * grids, device=device)).to(dtype)
+def patch_position(rows: slice, num_images: int, d: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Where the patch of each row lies: one-hot of its index k, R × d²."""
+    k = row_patches(rows, num_images, device)
+    return (k[:, None] == torch.arange(d * d, device=device)).to(dtype)
 
 
 def global_content(x_t: Tensor, d: int) -> Tensor:
@@ -113,16 +95,31 @@ def global_content(x_t: Tensor, d: int) -> Tensor:
     return F.avg_pool2d(x_t, d) if d > 1 else x_t
 
 
-def network_input(x_t: Tensor, content: Tensor | None, rows: slice, d: int) -> Tensor:
-    """Patch and global content of each row, R 2C h w. content: ``global_content(x_t, d)``; None: made for these rows only."""
+def network_input(
+    x_t: Tensor, content: Tensor | None, rows: slice, d: int, *, with_content: bool = True, border: int = 0
+) -> Tensor:
+    """What the network sees of each row, R 2C h w: the patch and the global content.
+
+    content: ``global_content(x_t, d)``; None: made for these rows only. ``with_content`` False: the patch alone, R C h w.
+    ``border``: so many pixels of the noisy image on every side of the patch as well (zeros beyond the image's edge), and
+    zeros around the global content: h + 2·border by w + 2·border in all.
+    """
     N, C, H, W = x_t.shape
-    x = x_t.new_empty(rows.stop - rows.start, 2 * C, H // d, W // d)
-    if content is None and len(x) >= N:
+    h, w = H // d, W // d
+    make = x_t.new_zeros if border else x_t.new_empty
+    x = make(rows.stop - rows.start, 2 * C if with_content else C, h + 2 * border, w + 2 * border)
+    if with_content and content is None and len(x) >= N:
         content = global_content(x_t, d)
     done = 0
     for i, j, n in segments(rows, N, d):
         piece = x[done : done + n.stop - n.start]
-        piece[:, :C] = patch_of(x_t, i, j, d)[n]
-        piece[:, C:] = global_content(x_t[n], d) if content is None else content[n]
         done += len(piece)
+        top, left = i * h - border, j * w - border  # of the window, which may begin beyond the edge
+        lines = slice(max(top, 0), min(top + h + 2 * border, H))
+        columns = slice(max(left, 0), min(left + w + 2 * border, W))
+        seen = x_t[n, :, lines, columns]
+        piece[:, :C, lines.start - top : lines.stop - top, columns.start - left : columns.stop - left] = seen
+        if with_content:
+            inner = piece[:, C:, border : border + h, border : border + w]
+            inner[:] = global_content(x_t[n], d) if content is None else content[n]
     return x

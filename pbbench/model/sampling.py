@@ -63,12 +63,9 @@ def autocast(device: torch.device | str, mixed_precision: Precision) -> torch.au
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=mixed_precision != "no")
 
 
-def _predict_x_start(
-    model: PatchUNet, diffusion: Diffusion, x_t: Tensor, t: Tensor, patch_batch_size: int | None, grid: int
-) -> Tensor:
+def _predict_x_start(model: PatchUNet, diffusion: Diffusion, x_t: Tensor, t: Tensor, patch_batch_size: int | None) -> Tensor:
     """x_0 as the network sees it, clipped to the range of images as released. ``t`` counts the chain's steps."""
-    divided = {"grid": grid} if grid else {}  # any other model need not know of grids
-    model_output = model(x_t, diffusion.timesteps[t], patch_batch_size=patch_batch_size, **divided)
+    model_output = model(x_t, diffusion.timesteps[t], patch_batch_size=patch_batch_size)
     return diffusion.predict_x_start(model_output, x_t, t, overwrite=True).clamp_(-1, 1)
 
 
@@ -81,7 +78,6 @@ def sample_step(
     t: int | Tensor,
     noise: Tensor | Callable[[], Tensor] | None,
     patch_batch_size: int | None = None,
-    grid: int = 0,
 ) -> Tensor:
     """One ancestral step x_t → x_{t−1}, N C H W. Of the images' size it makes one tensor, which it returns.
 
@@ -89,13 +85,12 @@ def sample_step(
         t: the chain's step, one number or one per image (N, int64). At 0 no noise is added.
         noise: like x_t, or what draws it, then called when the network is done; None only where every t is 0.
         patch_batch_size: patches per pass; None: all.
-        grid: how the image is divided (``PatchUNet.forward``); ``sample`` alternates where the network knows two.
     Raises: InputError where a number t is no step of the chain (a tensor is not looked at: that would wait for the device).
     """
     if isinstance(t, int) and not 0 <= t < len(diffusion):
         raise InputError(f"t is {t}; the chain's steps are 0 to {len(diffusion) - 1}")
     steps = torch.full((x_t.shape[0],), t, device=x_t.device) if isinstance(t, int) else t
-    x_start = _predict_x_start(model, diffusion, x_t, steps, patch_batch_size, grid)
+    x_start = _predict_x_start(model, diffusion, x_t, steps, patch_batch_size)
     mean, _, log_variance = diffusion.posterior(x_start, x_t, steps, overwrite=True)
     if noise is None:
         return mean
@@ -126,7 +121,6 @@ def sample(
     shape = (model.config.channels, *model.config.size)
     num_steps = config.steps(len(diffusion))
     patches = resolve_patch_batch_size(config.patch_batch_size, len(indices), model.config.patch_divider)
-    grids = 1 + model.config.alternating_grid
     x = sample_noise(config.seed, indices, 0, shape, device)
 
     if config.sampler == "ddpm":
@@ -136,7 +130,7 @@ def sample(
         with autocast(device, config.mixed_precision):
             for done, t in enumerate(reversed(range(num_steps)), start=1):
                 draw = partial(sample_noise, config.seed, indices, done, shape, device) if t > 0 else None
-                x = sample_step(model, chain, x, t, draw, patches, done % grids)
+                x = sample_step(model, chain, x, t, draw, patches)
                 if progress is not None:
                     progress(done, num_steps)
         return x.clamp_(-1, 1)
@@ -147,7 +141,7 @@ def sample(
     with autocast(device, config.mixed_precision):
         for done, t in enumerate(timesteps, start=1):
             steps = torch.full((len(indices),), t, device=x.device)
-            x_start = _predict_x_start(model, diffusion, x, steps, patches, done % grids)
+            x_start = _predict_x_start(model, diffusion, x, steps, patches)
             x = solver.step(x_start, t, x, return_dict=False)[0]
             if progress is not None:
                 progress(done, num_steps)

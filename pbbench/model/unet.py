@@ -31,8 +31,6 @@ from pbbench.model.patching import (
     row_chunks,
     row_images,
     row_patches,
-    shift,
-    split,
     write_rows,
 )
 
@@ -92,8 +90,9 @@ class PatchUNet(nn.Module):
         width = 4 * dim
         widths = [config.init_dim or dim // 3 * 2, *(dim * mult for mult in config.dim_mults)]
 
-        self.embedding = Embedding(dim, config.num_positions if config.position_conditioning else None)
-        self.stem = nn.Conv2d((2 if config.global_content else 1) * config.channels, widths[0], 7, padding=3)
+        self.embedding = Embedding(dim, config.num_patches if config.position_conditioning else None)
+        self.border = 3 if config.border_context else 0  # pixels around a patch that the stem's window reaches
+        self.stem = nn.Conv2d((2 if config.global_content else 1) * config.channels, widths[0], 7, padding=3 - self.border)
         self.encoder = nn.ModuleList(
             EncoderLevel(narrow, wide, groups, width, last=level == levels - 1)
             for level, (narrow, wide) in enumerate(pairwise(widths))
@@ -116,9 +115,7 @@ class PatchUNet(nn.Module):
                 module.recompute = recompute == "full"
         return self
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, patch_batch_size: int | None = None, rows: slice | None = None, grid: int = 0
-    ) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, patch_batch_size: int | None = None, rows: slice | None = None) -> Tensor:
         """Denoise.
 
         Args:
@@ -127,26 +124,24 @@ class PatchUNet(nn.Module):
             patch_batch_size: patches per pass; None: all N·d². Outputs and gradients are the same within rounding.
             rows: only these patches (patch-major rows, see ``patching``), in one pass. The training step calls the
                 model once per chunk with it and runs backward after each.
-            grid: 1: divide the image half a patch further (``shift``), where the configuration has ``alternating_grid``.
 
         Returns: images N C H W, or with ``rows`` the patches R C h w, in the dtype of x_t.
         Raises: InputError where the shapes do not fit the model, or both ways to chunk are given.
         """
-        check_images(x_t, t, self.config, grid)
-        N, d, device, grids = x_t.shape[0], self.config.patch_divider, x_t.device, 1 + self.config.alternating_grid
-        x_t = shift(x_t.detach(), d, grid)
+        check_images(x_t, t, self.config)
+        N, d, device, x_t = x_t.shape[0], self.config.patch_divider, x_t.device, x_t.detach()
         if rows is not None:
             if patch_batch_size is not None:
                 raise InputError("give rows (one chunk) or patch_batch_size (all chunks in turn), not both")
             rows = check_rows(rows, N, d)
-            position = patch_position(rows, N, d, device, x_t.dtype, grid=grid, grids=grids)  # R × d²·grids
+            position = patch_position(rows, N, d, device, x_t.dtype)  # R × d²
             embedding = self.embedding(t[row_images(rows, N, device)], position)
             return self._denoise(x_t, None, rows, embedding)
 
         # What does not depend on the chunk is computed once: N small images, N and d² embeddings.
         content = global_content(x_t, d) if self.config.global_content else None  # N C h w
         when = self.embedding.when(t)  # N × 4·dim
-        everywhere = patch_position(slice(0, d * d), 1, d, device, x_t.dtype, grid=grid, grids=grids)  # d² × d²·grids
+        everywhere = patch_position(slice(0, d * d), 1, d, device, x_t.dtype)  # d² × d²
         where = self.embedding.where(everywhere)  # d² × 4·dim
         chunks = row_chunks(N * d * d, patch_batch_size)
         passes = (
@@ -154,20 +149,20 @@ class PatchUNet(nn.Module):
             for chunk in chunks
         )
         if torch.is_grad_enabled():
-            return shift(merge(torch.cat(list(passes)), d), d, -grid)
+            return merge(torch.cat(list(passes)), d)
         out = x_t.new_empty(N, self.projection.out_channels, *x_t.shape[2:])  # N C H W
         for chunk in chunks:
             write_rows(out, next(passes), chunk, d)  # nothing stacked: a chunk's patches go straight to their places
-        return shift(out, d, -grid)
+        return out
 
     def _denoise(self, x_t: Tensor, content: Tensor | None, rows: slice, embedding: Tensor) -> Tensor:
         """One pass: the patches of ``rows``, with their conditioning, through the network. Returns R C h w."""
-        d = self.config.patch_divider
-        make = partial(network_input, x_t, content, rows, d) if self.config.global_content else partial(split, x_t, d, rows)
-        return self._network(make(), embedding).to(x_t.dtype)  # no name here: the network drops its input once read
+        see = partial(network_input, with_content=self.config.global_content, border=self.border)
+        # The network's input has no name here, so that it is dropped once it is read.
+        return self._network(see(x_t, content, rows, self.config.patch_divider), embedding).to(x_t.dtype)
 
     def _network(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """The U-Net proper: R 2C h w (R C h w without global content) → R C h w. The skip of the first level is not kept."""
+        """The U-Net proper: ``network_input`` → R C h w. The skip of the first level is not kept."""
         embedding = F.silu(embedding)  # R × 4·dim, as every block reads it
         maps = [self.stem(x)]  # a stack: the skips, and on top the current map
         del x

@@ -98,24 +98,27 @@ class Forecast:
 def repeated_chunks_skipped(batch_size: int) -> Iterator[None]:
     """In this context a step of ``batch_size`` images runs only the chunks of patches that can differ in memory.
 
-    They are one of each kind, and in training the last, which runs first and finds no gradients: chunks have equal kinds where
-    they have equally many rows and either both are a view of the images (a single patch index) or both a copy (they straddle
-    indices). Nothing of a finished chunk survives, so every other chunk repeats one of these. The step's results are
-    meaningless.
+    They are one of each number of rows, and in training the last, which runs first and finds no gradients. Of equally long
+    chunks one that straddles patch indices stands for all: its part of the target is a copy, else a view, and nothing else
+    differs. Nothing of a finished chunk survives, so every other chunk repeats one of these, or needs less. The step's results
+    are meaningless.
     """
     import pbbench.model.unet as sampling_loop
     import pbbench.training.train as training_loop
     from pbbench.model.patching import row_chunks
 
-    def kind(rows: slice) -> tuple[int, bool]:
-        return rows.stop - rows.start, rows.start // batch_size == (rows.stop - 1) // batch_size
+    def straddles(rows: slice) -> bool:
+        return rows.start // batch_size != (rows.stop - 1) // batch_size
+
+    def distinct(chunks: list[slice]) -> list[slice]:
+        return list({rows.stop - rows.start: rows for rows in sorted(chunks, key=straddles)}.values())
 
     def sampled(num_rows: int, patch_batch_size: int | None) -> list[slice]:
-        return list({kind(rows): rows for rows in row_chunks(num_rows, patch_batch_size)}.values())
+        return distinct(row_chunks(num_rows, patch_batch_size))
 
     def trained(num_rows: int, patch_batch_size: int | None) -> list[slice]:
         *others, last = row_chunks(num_rows, patch_batch_size)
-        return [*{kind(rows): rows for rows in others}.values(), last]
+        return [*distinct(others), last]
 
     sampling_loop.row_chunks, training_loop.row_chunks = sampled, trained
     try:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pbbench.config import Experiment, resolve_patch_batch_size
 from pbbench.errors import InputError, writing_to
 from pbbench.model.diffusion import Diffusion
-from pbbench.model.patching import row_chunks, shift, split
+from pbbench.model.patching import row_chunks, split
 from pbbench.model.unet import PatchUNet
 from pbbench.records import write_text
 from pbbench.training import checkpoint as checkpoints
@@ -54,7 +54,6 @@ def train_step(
     accelerator: Any,
     patch_batch_size: int | None,
     max_grad_norm: float | None = None,
-    grid: int = 0,
 ) -> Tensor:
     """One micro-batch: forward and backward per chunk of patches, then the optimizer's step where one is due.
 
@@ -63,7 +62,6 @@ def train_step(
         x_start: images in [−1, 1], N C H W; ``noise`` likewise, standard normal; t: timesteps, N, int64.
         patch_batch_size: patches per pass; None: all N·d². Gradients are the same within rounding.
         max_grad_norm: clip the gradient's norm to this.
-        grid: how the images are divided (``PatchUNet.forward``).
 
     Under ``accelerator.accumulate(model)`` the gradients of several calls add up to their mean, and only the last one steps.
     Returns the micro-batch's mean loss, a detached scalar that nothing has waited for.
@@ -71,16 +69,15 @@ def train_step(
     network: Any = getattr(model, "module", model)  # DDP wraps it
     d: int = network.config.patch_divider
     x_t = diffusion.q_sample(x_start, t, noise)  # N C H W
-    target = shift(diffusion.target(x_start, t, noise), d, grid)  # N C H W
+    target = diffusion.target(x_start, t, noise)  # N C H W
     # Last first: where one chunk is smaller, it runs before there are gradients to hold, and smaller chunks never need more.
     chunks = row_chunks(x_start.shape[0] * d * d, patch_batch_size)[::-1]
-    divided = {"grid": grid} if grid else {}
     mean_loss = torch.zeros((), device=x_start.device)
     for rows in chunks:
         # Processes exchange gradients once, in the last chunk's backward.
         with nullcontext() if rows is chunks[-1] else accelerator.no_sync(model):
             with accelerator.autocast():
-                output = model(x_t, t, rows=rows, **divided)  # R C h w
+                output = model(x_t, t, rows=rows)  # R C h w
                 loss = diffusion.loss(output, split(target, d, rows), total=target.numel())
             accelerator.backward(loss)
         mean_loss += loss.detach()
@@ -175,7 +172,6 @@ class _Run:
                 mean_loss += train_step(
                     self.model, x_start, t, noise, diffusion=self.diffusion, optimizer=self.optimizer,
                     accelerator=self.accelerator, patch_batch_size=patches, max_grad_norm=section.max_grad_norm,
-                    grid=number % (1 + model.alternating_grid),
                 )  # fmt: skip
         self.step += 1
         self.ema.update(self.bare, self.step)
