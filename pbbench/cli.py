@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from pbbench import __version__
-from pbbench.config import PatchBatchSize, load_experiment, parse_override
+from pbbench.config import load_experiment, parse_override
 from pbbench.errors import InputError
 from pbbench.options import ManyValues, byte_count, run_app, whole_numbers
+from pbbench.settings import PatchBatchSize
 
 app = typer.Typer(
     name="pbbench",

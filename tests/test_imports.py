@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pbbench"
-BASE = {"errors", "config", "variants", "records", "environment", "options"}
+SETTINGS = {"config", "settings", "sweep_settings", "variants"}
+BASE = SETTINGS | {"errors", "records", "environment", "options"}
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors", "variants"},
     "variants": set(),
+    "settings": set(),
+    "sweep_settings": {"settings", "variants"},
+    "config": SETTINGS | {"errors"},
     "records": {"errors"},
     "options": {"errors"},
     "environment": {"errors"},
-    "model": {"errors", "config"},
+    "model": {"errors", "config", "settings"},
     "memory": {"errors"},
-    "training": {"errors", "config", "records", "model"},
+    "training": {"errors", "config", "settings", "records", "model"},
     "quality": {"errors", "config", "records", "model"},
     "report": {"errors", "records"},
     "sweep": BASE | {"model", "memory", "training", "quality", "report"},

@@ -13,8 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pbbench.config import Experiment, Precision, TrainingConfig, resolve_patch_batch_size
+from pbbench.config import Experiment, TrainingConfig
 from pbbench.errors import InputError
+from pbbench.settings import Precision, resolve_patch_batch_size
 from pbbench.variants import slug
 
 UNLIMITED = 10**9

@@ -8,9 +8,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from pbbench.config import Experiment, Precision
+from pbbench.config import Experiment
 from pbbench.errors import InputError
 from pbbench.records import format_bytes
+from pbbench.settings import Precision
 from pbbench.sweep.calibration import UNCALIBRATED, Calibration
 from pbbench.sweep.forecast import forecast
 from pbbench.sweep.grid import Cell

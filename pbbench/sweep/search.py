@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from pbbench.config import Experiment, Precision, Recompute, merge, parse_experiment, resolve_patch_batch_size
+from pbbench.config import Experiment, merge, parse_experiment
+from pbbench.settings import Precision, Recompute, resolve_patch_batch_size
 from pbbench.sweep.calibration import Calibration
 from pbbench.sweep.forecast import STEPS, forecast_step
 from pbbench.sweep.grid import Cell
