@@ -29,7 +29,7 @@ from pbbench.settings import (
     Section,
     TrainingConfig,
 )
-from pbbench.sweep_settings import SlurmConfig, SweepConfig
+from pbbench.sweep_settings import SlurmConfig, SweepConfig, place_name
 from pbbench.variants import laid_over
 
 
@@ -60,12 +60,18 @@ class Experiment(Section):
         return self.at(patch_divider)
 
     def at(self, patch_divider: int, variant: str = "", seed: int | None = None) -> Experiment:
-        """The experiment at a divider, with a variant's settings laid over it, trained from ``seed`` on the same images;
-        checked again. Of the variants only that one stays, so that doing it twice comes to the same. Raises InputError."""
+        """The experiment at a divider, with a variant's settings laid over it, and what was found to fit the memory given;
+        trained from ``seed`` on the same images; checked again. Of the variants only that one stays, so that doing it twice
+        comes to the same. Raises InputError."""
+        place = place_name(variant, patch_divider)
+        fitted = self.sweep.fitted.get(place)
         chosen = {variant: self.sweep.variants[variant]} if variant else {}
         values = merge(self.model_dump(mode="json"), laid_over(chosen.get(variant, {})))
         values["model"]["patch_divider"] = patch_divider
         values["sweep"]["variants"] = chosen
+        values["sweep"]["fitted"] = {place: fitted} if fitted else {}
+        if fitted:
+            values["training"] |= fitted.training()
         if seed is not None:
             values["seed"], values["data"]["seed"] = seed, self.data_seed
         return _validated(values, f"{_named(variant)} at divider {patch_divider}" if variant else "--dividers")

@@ -4,10 +4,40 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from pbbench.settings import NonNegative, PatchBatchSize, Positive, Precision, Section
+from pbbench.sizes import byte_count
 from pbbench.variants import checked_variants
+
+
+def _memory(value: object) -> object:
+    """Accept "8GiB" and the like, or a whole number of bytes."""
+    if isinstance(value, str):
+        return byte_count(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise ValueError(f"{value!r} is not an amount of memory, such as 8GiB, or a whole number of bytes")
+
+
+class Fitted(Section):
+    """How one divider of the experiment, or of a variant, trains in a given memory."""
+
+    batch_size: Positive
+    gradient_accumulation_steps: Positive
+    patch_batch_size: Positive
+    predicted_bytes: Positive
+    """Of a training step: peak live bytes on a CPU, reserved bytes on CUDA. More than was given: nothing fits, and this is the
+    setting that needs least."""
+
+    def training(self) -> dict[str, int]:
+        """What of it is laid over the section training."""
+        return self.model_dump(exclude={"predicted_bytes"})
+
+
+def place_name(variant: str, patch_divider: int) -> str:
+    """The key of ``sweep.fitted``."""
+    return f"{variant}/{patch_divider}"
 
 
 class SweepConfig(Section):
@@ -29,10 +59,21 @@ class SweepConfig(Section):
     """Train, sample and score each divider; false: memory and speed only."""
     seeds: tuple[NonNegative, ...] = ()
     """Train each divider once per seed, on the same images, and show the spread; empty: once, with the experiment's seed."""
-    equal: Literal["images", "seconds"] = "images"
-    """What is held equal between trainings: the images seen (training.num_steps), or the seconds of training."""
+    equal: Literal["images", "seconds", "memory"] = "images"
+    """What is held equal between trainings: the images seen (training.num_steps), the seconds of training, or, with the images,
+    the memory of a training step. "memory": every training sees the same images in the same optimizer batches; for each divider
+    (of each variant) the quickest way to take an optimizer step that is predicted to fit is chosen among micro-batch × gradient
+    accumulation, their product unchanged, and patches a pass. Gradients are the same within rounding, so what differs is the
+    time, and the quality, at equal memory. Precision and recompute stay the experiment's or the variant's own. Each divider is
+    measured as it is trained: patch_batch_sizes does not apply."""
     equal_seconds: Annotated[float, Field(gt=0)] | None = None
     """Seconds of each training, where they are held equal."""
+    equal_memory: Annotated[int, BeforeValidator(_memory)] | None = None
+    """Memory of each training step, where it is held equal: text as "8GiB", or bytes. It is held against predictions: peak live
+    bytes on a CPU; on CUDA reserved bytes, without CUDA's workspaces and context, which no prediction knows."""
+    fitted: dict[str, Fitted] = Field(default_factory=dict)
+    """What a sweep has chosen where the memory is held equal: "variant/divider" → settings. Written by the sweep into the run's
+    experiment.toml and taken from there when it is resumed; given anywhere else it is found anew."""
     variants: Annotated[dict[str, dict[str, Any]], AfterValidator(checked_variants)] = Field(default_factory=dict)
     """Name → settings laid over the experiment (sections model, diffusion, training, sampling), for ablations and rivals: each
     is measured, trained and scored beside the experiment itself, at the sweep's dividers or at its own ``dividers``."""
@@ -52,6 +93,15 @@ class SweepConfig(Section):
     def _comparable(self) -> SweepConfig:
         if (self.equal == "seconds") != (self.equal_seconds is not None):
             raise ValueError('equal = "seconds" and equal_seconds go together: give both or neither')
+        if (self.equal == "memory") != (self.equal_memory is not None):
+            raise ValueError('equal = "memory" and equal_memory go together: give both or neither')
+        axes = [name for name in ("batch_sizes", "mixed_precisions") if getattr(self, name)]
+        if self.equal == "memory" and axes:
+            raise ValueError(
+                f'with equal = "memory" each divider is measured as it is trained: give no {" and no ".join(axes)}'
+            )
+        if self.fitted and self.equal != "memory":
+            raise ValueError('fitted belongs to equal = "memory"; leave it out')
         if self.checkpoints and (self.seeds or self.equal != "images"):
             raise ValueError('checkpoints are trained already: give no seeds, and no equal but "images", with them')
         return self

@@ -9,15 +9,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pbbench"
 SETTINGS = {"config", "settings", "sweep_settings", "variants"}
-BASE = SETTINGS | {"errors", "records", "environment", "options"}
+BASE = SETTINGS | {"errors", "sizes", "records", "environment", "options"}
 MAY_IMPORT = {
     "errors": set(),
     "variants": set(),
     "settings": set(),
-    "sweep_settings": {"settings", "variants"},
+    "sizes": {"errors"},
+    "sweep_settings": {"settings", "sizes", "variants"},
     "config": SETTINGS | {"errors"},
     "records": {"errors"},
-    "options": {"errors"},
+    "options": {"errors", "sizes"},
     "environment": {"errors"},
     "model": {"errors", "config", "settings"},
     "memory": {"errors"},
