@@ -42,7 +42,8 @@ def pictures(cells: Sequence[CellResult], run: Path) -> tuple[list[Picture], lis
     measured = frame[frame["batch_size"].notna()]
     column = tables.distance_column(frame)
     unchanged = measured[measured["variant"].eq("")]
-    for suffix, settings in _groups(unchanged):
+    together = tables.memory_given(cells) is not None  # each divider has a batch size of its own
+    for suffix, settings in [("", {})] if together else _groups(unchanged):
         own = measured[_same(measured, settings) | _rivals(measured, unchanged)]
         own_parts = parts[_same(parts, settings) & parts["variant"].eq("")]
         said = fixed_settings(own[own["variant"].eq("")])

@@ -59,7 +59,12 @@ def settings_columns(frame: pd.DataFrame) -> list[Column]:
         Column(("d",), [whole(v) for v in frame["patch_divider"]]),
         Column(("patches", "a pass"), list(frame["patches_per_pass"]), numeric=False),
     ]
-    if frame["batch_size"].nunique() > 1:
+    micro = list(frame["gradient_accumulation_steps"])
+    accumulated = any(tables.finite([n]) and n > 1 for n in micro)
+    if accumulated and frame[["batch_size", "gradient_accumulation_steps"]].drop_duplicates().shape[0] > 1:
+        texts = [f"{whole(v)} × {whole(n)}" for v, n in zip(frame["batch_size"], micro, strict=True)]
+        columns.append(Column(("batch ×", "accum."), texts))
+    elif frame["batch_size"].nunique() > 1:
         columns.append(Column(("batch",), [whole(v) for v in frame["batch_size"]]))
     if frame["mixed_precision"].nunique() > 1:
         columns.append(Column(("auto-", "cast"), [v or UNKNOWN for v in frame["mixed_precision"]], False, title="autocast"))
@@ -119,7 +124,8 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
     columns.append(Column(("status",), [s.replace("_", " ") for s in frame["status"]], numeric=False))
     notes = [f"Peaks: {meter}, warm step." + (f" {fixed_settings(frame).capitalize()}." if fixed_settings(frame) else "")]
     for short in tables.STEPS:
-        if frame[f"{short}_peak_bytes"].notna().any() and not frame[f"{short}_peak_change"].notna().any():
+        changed = frame[f"{short}_peak_change"].notna().any() or tables.memory_given(cells) is not None
+        if frame[f"{short}_peak_bytes"].notna().any() and not changed:
             notes.append(f"No change of the {short} peak is given: there is none of d = 1 in one pass to compare with.")
     if (frame["repeats"] > 1).any():
         notes.append("Median over repeats (least–most).")

@@ -53,6 +53,11 @@ def memory_column(cells: Iterable[CellResult]) -> str:
     )
 
 
+def memory_given(cells: Iterable[CellResult]) -> int | None:
+    """What a training step was given where the memory is held equal; None where it is not."""
+    return next((c.details["equal_memory"] for c in cells if c.details.get("equal_memory") is not None), None)
+
+
 def results(cells: Iterable[CellResult]) -> pd.DataFrame:
     """Every row as measured, columns as in ``records.COLUMNS``. Integers stay integers and unknown stays None; a float that
     is not finite becomes None with a reason, so that JSON can hold it."""
@@ -96,7 +101,7 @@ def axis(cell: CellResult, name: str) -> Any:
 def configurations(cells: Iterable[CellResult]) -> list[tuple[dict[str, Any], list[CellResult]]]:
     """Measured cells by configuration, repeats together, by variant, precision, batch size, divider, most patches first."""
     groups: dict[tuple[Any, ...], list[CellResult]] = {}
-    names = ("variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
+    names = ("variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size", "gradient_accumulation_steps")
     for cell in cells:
         if cell.kind == "measure":
             groups.setdefault(tuple(axis(cell, name) for name in names), []).append(cell)
@@ -217,6 +222,7 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
         line |= {
             "patches_per_pass": passes(p, n, d),
             "batch_size": n,
+            "gradient_accumulation_steps": settings.get("gradient_accumulation_steps"),
             "mixed_precision": settings.get("mixed_precision"),
             "repeats": len(members),
         }
@@ -241,7 +247,8 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
         line["status"] = "; ".join(failed) or "ok"
         lines.append(line)
     frame = pd.DataFrame(lines)
-    frame = _with_change(frame) if len(frame) else frame
+    if len(frame):
+        frame = _with_change(frame, alike=memory_given(cells) is None)
     optional = ("_prediction_error", "_joules_per_image")
     empty = [c for c in frame.columns if c.endswith(optional) and not frame[c].notna().any()]
     frame = frame.drop(columns=empty)
@@ -254,12 +261,13 @@ def quality_names(scores: dict[Subject, dict[str, float]]) -> list[str]:
     return [name for name in QUALITY if name in present]
 
 
-def _with_change(frame: pd.DataFrame) -> pd.DataFrame:
+def _with_change(frame: pd.DataFrame, alike: bool) -> pd.DataFrame:
     """Each peak against the experiment itself at d = 1 in one pass, at the same batch size and precision; NaN where that was
-    not measured. A variant with a batch size or precision of its own is held against the only such line, where there is one."""
+    not measured, or (not ``alike``) each divider has a batch size of its own. A variant with a batch size or precision of its
+    own is held against the only such line, where there is one."""
     for short in STEPS:
         whole: dict[Any, float] = {}
-        unchanged = frame["variant"].eq("") & frame["patch_divider"].eq(1) & frame["patches_per_pass"].eq("all")
+        unchanged = frame["variant"].eq("") & frame["patch_divider"].eq(1) & frame["patches_per_pass"].eq("all") & alike
         for _, line in frame[unchanged].iterrows():
             whole[(line["batch_size"], line["mixed_precision"])] = line[f"{short}_peak_bytes"]
         only = next(iter(whole.values())) if len(whole) == 1 else math.nan
@@ -295,7 +303,8 @@ def split(cells: Iterable[CellResult]) -> pd.DataFrame:
                 }
                 | {"measured_peak_bytes": median(step_values(members, phase, "peak_allocated_bytes"))}
             )
-    columns = ["step", "variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size", "patches_per_pass"]
+    columns = ["step", "variant", "mixed_precision", "batch_size", "gradient_accumulation_steps", "patch_divider"]
+    columns += ["patch_batch_size", "patches_per_pass"]
     parts_columns = [f"{name}_bytes" for name in CATEGORIES]
     return pd.DataFrame(lines, columns=[*columns, *parts_columns, "peak_live_bytes", "measured_peak_bytes", "activation_share"])
 
