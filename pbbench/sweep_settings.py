@@ -97,9 +97,9 @@ class SweepConfig(Section):
             raise ValueError('equal = "memory" and equal_memory go together: give both or neither')
         axes = [name for name in ("batch_sizes", "mixed_precisions") if getattr(self, name)]
         if self.equal == "memory" and axes:
-            raise ValueError(
-                f'with equal = "memory" each divider is measured as it is trained: give no {" and no ".join(axes)}'
-            )
+            own = "training.batch_size and training.mixed_precision say how"
+            given = " and no ".join(axes)
+            raise ValueError(f'with equal = "memory" each divider is measured as it is trained: give no {given}; {own}')
         if self.fitted and self.equal != "memory":
             raise ValueError('fitted belongs to equal = "memory"; leave it out')
         if self.checkpoints and (self.seeds or self.equal != "images"):

@@ -41,12 +41,14 @@ def _equal_memory(cells: list[CellResult], trained: list[CellResult], given: int
         peaks = peaks or tables.step_values(cells, "train_step", meter)
     least_most = " to ".join(dict.fromkeys(format_bytes(int(pick(peaks))) for pick in (min, max))) if peaks else "none"
     memory = f"{format_bytes(given)} given to a training step; measured peaks {least_most}"
-    text = f"Held equal between trainings: the memory ({memory})"
     seen = sorted({r.images_seen for c in trained for r in c.rows if r.images_seen is not None})
     if not seen:
-        return f"{text}."
+        return f"Held equal between training steps: the memory ({memory})."
     images = " to ".join(dict.fromkeys(map(whole, (seen[0], seen[-1]))))
-    return f"{text} and the images ({images} seen each, in the same optimizer batches); they took {_seconds(trained)}."
+    return (
+        f"Held equal between trainings: the memory ({memory}) and the images ({images} seen each, in the same optimizer "
+        f"batches); they took {_seconds(trained)}."
+    )
 
 
 def trained_from(cells: Iterable[CellResult]) -> str:

@@ -53,7 +53,8 @@ def _with_range(texts: list[str], frame: pd.DataFrame, name: str) -> list[str]:
 
 
 def settings_columns(frame: pd.DataFrame) -> list[Column]:
-    """The columns that name a configuration; variant, batch size and precision only where they vary."""
+    """The columns that name a configuration; variant, batch size (with its micro-batches, where some accumulate) and precision
+    only where they vary."""
     columns = [Column(("variant",), list(frame["variant"]), numeric=False)] if frame["variant"].any() else []
     columns += [
         Column(("d",), [whole(v) for v in frame["patch_divider"]]),
@@ -73,14 +74,17 @@ def settings_columns(frame: pd.DataFrame) -> list[Column]:
 
 def passes_in_words(passes: str) -> str:
     """``tables.passes`` as it stands in a sentence."""
-    return {"all": "all patches in one pass", "index": "one patch index a pass"}.get(passes, f"{passes} patches a pass")
+    words = {"all": "all patches in one pass", "index": "one patch index a pass", "1": "one patch a pass"}
+    return words.get(passes, f"{passes} patches a pass")
 
 
 def fixed_settings(frame: pd.DataFrame) -> str:
     """What all lines share, for a caption: the batch size, and the precision where it is not float32."""
     parts = []
     if frame["batch_size"].nunique() == 1:
-        parts.append(f"batch size {whole(frame['batch_size'].dropna().iloc[0])}")
+        micro = frame["gradient_accumulation_steps"].dropna()
+        times = f" × {whole(micro.iloc[0])} accumulated" if micro.nunique() == 1 and micro.iloc[0] > 1 else ""
+        parts.append(f"batch size {whole(frame['batch_size'].dropna().iloc[0])}{times}")
     if frame["mixed_precision"].nunique() == 1:
         shared = frame["mixed_precision"].dropna().iloc[0]
         parts.append("float32" if shared == "no" else f"autocast {shared}")
@@ -108,6 +112,8 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
         if f"{short}_joules_per_image" in frame:
             texts = [number(v) for v in frame[f"{short}_joules_per_image"]]
             columns.append(Column((short, "J/img"), texts, rank=5, title=f"{short} energy of the GPU (J/image)"))
+    if "train_seconds" in frame and frame["train_seconds"].notna().any():
+        columns.append(Column(("training", "s"), [number(v) for v in frame["train_seconds"]], rank=1, title="training (s)"))
     main = tables.distance_column(frame)
     counts = tables.sample_counts(frame)
     for name in dict.fromkeys(

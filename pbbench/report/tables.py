@@ -202,8 +202,8 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     Bytes as floats (NaN: unknown); ``*_change`` is the signed fraction against the experiment itself at d = 1, all patches, at
     the same batch size and precision; ``*_prediction_error`` the signed fraction predicted / measured − 1. Where a
     configuration was repeated, or trained from several seeds, the figure is the median and ``*_min``, ``*_max`` stand beside
-    it. Columns of quality, of prediction errors and of ``*_joules_per_image`` only where some line has them; ``*_low`` and
-    ``*_high`` are a distance's 95% interval.
+    it. ``train_seconds``, of the whole training, only where the memory is held equal. Columns of quality, of prediction errors
+    and of ``*_joules_per_image`` only where some line has them; ``*_low`` and ``*_high`` are a distance's 95% interval.
     ``frame.attrs["memory_column"]`` names the meter behind the peaks.
     """
     cells = list(cells)
@@ -243,6 +243,8 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
                 if any(name in own for own in ranges.values()):
                     own = ranges.get(subject, {}).get(name, (math.nan, math.nan))
                     line |= {f"{name}_{low}": own[0], f"{name}_{high}": own[1]}
+        if memory_given(cells) is not None:
+            line["train_seconds"] = median(finite(c.details.get("train_seconds") for c in judged.get(subject, [])))
         failed = [text for text in (_status(members), _status(judged.get(subject, []))) if text != "ok"]
         line["status"] = "; ".join(failed) or "ok"
         lines.append(line)
