@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from pbbench import __version__
-from pbbench.config import PatchBatchSize, load_experiment, parse_override
+from pbbench.config import load_experiment, parse_override
 from pbbench.errors import InputError
-from pbbench.options import ManyValues, byte_count, run_app, whole_numbers
+from pbbench.options import ManyValues, memory_size, run_app, whole_numbers
+from pbbench.settings import PatchBatchSize
 
 app = typer.Typer(
     name="pbbench",
@@ -124,6 +125,7 @@ def sweep(
 
     from pbbench.environment import probe
     from pbbench.report import terminal_table
+    from pbbench.sweep.fit import fit_to_memory
     from pbbench.sweep.grid import plan
     from pbbench.sweep.live import LiveView
     from pbbench.sweep.run import Shard, run_sweep
@@ -151,8 +153,9 @@ def sweep(
         found = settings.device
     found = found or str(probe(device or settings.device)["device"])
     settings = settings.model_copy(update={"device": found})
-    cells = plan(settings)
     console = Console(stderr=True)
+    settings = fit_to_memory(settings, found, run=out, tell=lambda line: console.print(line, highlight=False, markup=False))
+    cells = plan(settings)
     if dry_run:
         from pbbench.sweep.predictions import forecast_table
 
@@ -328,16 +331,19 @@ def predict(
 
     from pbbench.sweep import predictions
     from pbbench.sweep.calibration import UNCALIBRATED, calibrate
+    from pbbench.sweep.fit import fit_to_memory
     from pbbench.sweep.forecast import forecast
     from pbbench.sweep.grid import plan
 
     axes = _axes(dividers, patch_batch_size, batch_size)
     preset = preset or (None if experiment else "gpu")
-    limit = byte_count("--memory-limit", memory_limit)
+    limit = memory_size("--memory-limit", memory_limit)
     overrides = _overrides(set_, sweep={**axes, "quality": False}, model=_divider_section(axes["dividers"]))
     settings = load_experiment(experiment, preset, overrides)
     terms = calibrate(calibration) if calibration else UNCALIBRATED
     shown: Any
+    if limit is None:
+        settings = fit_to_memory(settings, "cpu" if settings.device == "cpu" else "cuda", calibration=terms)
     if limit is not None:
         found = predictions.search(settings, limit, step, precisions or (), terms)
         shown = found if json_ else predictions.search_table(settings, found)

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from pbbench.errors import InputError
+from pbbench.sizes import byte_count
 
 NUMBER = re.compile(r"-\d+(\.\d*)?$")
 
@@ -71,18 +72,12 @@ def whole_numbers(name: str, values: Iterable[str] | None) -> list[int]:
     return numbers
 
 
-_UNITS = {"": 1, "b": 1} | {f"{k}{b}": n**i for b, n in (("b", 1000), ("ib", 1024)) for i, k in enumerate("kmgt", start=1)}
-
-
-def byte_count(name: str, text: str | None) -> int | None:
-    """ "8GiB", "500 MB" or a number of bytes, as bytes; None stays None. Raises InputError for anything else."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    count = int(float(match[1]) * _UNITS[match[2].lower()]) if match and match[2].lower() in _UNITS else 0
-    if count < 1:
-        raise InputError(f"{name}: {text!r} is not an amount of memory; for example {name} 8GiB")
-    return count
+def memory_size(name: str, text: str | None) -> int | None:
+    """ "8GiB", "500 MB" or a number of bytes, as bytes; None stays None. Raises InputError that names the option."""
+    try:
+        return None if text is None else byte_count(text)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def run_app(app: typer.Typer, words: list[str] | None = None) -> int:

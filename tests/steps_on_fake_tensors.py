@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from pbbench.config import Experiment, parse_experiment, resolve_patch_batch_size
+from pbbench.config import Experiment, parse_experiment
 from pbbench.memory.predict import predict
 from pbbench.memory.tensors import LiveTrace
 from pbbench.model import patching
+from pbbench.settings import resolve_patch_batch_size
 from pbbench.sweep.grid import Cell
 from pbbench.sweep.workload import sampling_workload, training_workload
 

@@ -11,9 +11,9 @@ from pbbench.config import (
     parse_experiment,
     parse_override,
     preset_names,
-    resolve_patch_batch_size,
 )
 from pbbench.errors import InputError
+from pbbench.settings import resolve_patch_batch_size
 
 
 def load(*overrides, preset="cpu"):

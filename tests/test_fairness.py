@@ -163,3 +163,42 @@ def test_runs_are_compared_variant_by_variant(tmp_path: Path) -> None:
     assert {(s.settings["variant"], s.settings["patch_divider"]) for s in found.steps} == {("", 1), ("", 2), ("rival", 2)}
     assert {(c.settings["variant"], c.settings["patch_divider"]) for c in found.quality} == {("", 1), ("", 2), ("rival", 2)}
     assert not [note for note in found.notes if "variant" in note]
+
+
+def at_equal_memory() -> list[CellResult]:
+    """Three dividers in the same memory, each with a batch of its own; the first does not fit."""
+    cells = [measure_cell(1, 1, batch_size=1, failed={"train_step": "out_of_memory"}), measure_cell(2, 8, batch_size=8)]
+    cells += [measure_cell(4, 32), quality_cell(1, status="out_of_memory"), quality_cell(2), quality_cell(4)]
+    cells[3].status = "out_of_memory"
+    for cell in cells[:3]:
+        cell.details["equal_memory"] = 200 * 2**20
+        for row in cell.rows:
+            row.gradient_accumulation_steps = 32 // (row.batch_size or 1)
+    cells[4].details |= {"equal": "memory", "train_seconds": 60.04}
+    cells[5].details |= {"equal": "memory", "train_seconds": 81.5}
+    return cells
+
+
+def test_at_equal_memory_time_is_what_is_compared() -> None:
+    made = at_equal_memory()
+    assert held_equal(made) == (
+        "Held equal between trainings: the memory (200 MiB given to a training step; measured peaks 32.3 MiB to 62.1 MiB) and "
+        "the images (16,000 seen each, in the same optimizer batches); they took 60.0 to 81.5 s."
+    )
+    assert held_equal(made[:3]) == (
+        "Held equal between training steps: the memory (200 MiB given to a training step; measured peaks 32.3 MiB to 62.1 MiB)."
+    )
+    sheet = tradeoff_sheet(made)
+    columns = {column.title: column.cells for column in sheet.columns}
+    assert columns["batch × accum."] == ["1 × 32", "8 × 4", "32 × 1"]
+    assert columns["training (s)"] == ["–", "60.0", "81.5"]
+    assert not [title for title in columns if "vs d=1" in title]
+    assert not [note for note in sheet.notes if note.startswith("No change")]
+    (said,) = patching_pays(made)
+    assert said.startswith("A training step was given 200 MiB at every divider")
+    assert said.endswith("d = 1 out of memory.")
+    found, absent = gallery.pictures(made, Path("nowhere"))
+    assert [p.name for p in found] == ["time_quality", "memory_split", "speed_memory"]  # not one of each batch size
+    assert "60.0 to 81.5 s" in found[0].caption
+    assert not [line for line in absent if "against quality" in line]
+    assert found[0].figure.axes[0].get_xlabel() == "training (s)"

@@ -8,17 +8,21 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pbbench"
-BASE = {"errors", "config", "variants", "records", "environment", "options"}
+SETTINGS = {"config", "settings", "sweep_settings", "variants"}
+BASE = SETTINGS | {"errors", "sizes", "records", "environment", "options"}
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors", "variants"},
     "variants": set(),
+    "settings": set(),
+    "sizes": {"errors"},
+    "sweep_settings": {"settings", "sizes", "variants"},
+    "config": SETTINGS | {"errors"},
     "records": {"errors"},
-    "options": {"errors"},
+    "options": {"errors", "sizes"},
     "environment": {"errors"},
-    "model": {"errors", "config"},
+    "model": {"errors", "config", "settings"},
     "memory": {"errors"},
-    "training": {"errors", "config", "records", "model"},
+    "training": {"errors", "config", "settings", "records", "model"},
     "quality": {"errors", "config", "records", "model"},
     "report": {"errors", "records"},
     "sweep": BASE | {"model", "memory", "training", "quality", "report"},

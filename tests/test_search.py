@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pbbench.cli import app
 from pbbench.config import parse_experiment
 from pbbench.errors import InputError
-from pbbench.options import byte_count, run_app
+from pbbench.options import memory_size, run_app
 from pbbench.sweep.calibration import UNCALIBRATED, Calibration
 from pbbench.sweep.forecast import forecast_step
 from pbbench.sweep.grid import Cell
@@ -122,13 +122,13 @@ def test_the_estimate_of_time() -> None:
     [("8GiB", 8 * 2**30), ("500 MB", 500 * 10**6), ("1.5gib", 3 * 2**29), ("4096", 4096), ("24gb", 24 * 10**9)],
 )
 def test_an_amount_of_memory(text: str, count: int) -> None:
-    assert byte_count("--memory-limit", text) == count
+    assert memory_size("--memory-limit", text) == count
 
 
 @pytest.mark.parametrize("text", ["", "0", "-8GiB", "eight", "8 GiB free", "8XB", "nan", "0.0000001B"])
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(InputError, match="8GiB"):
-        byte_count("--memory-limit", text)
+        memory_size("--memory-limit", text)
 
 
 def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:

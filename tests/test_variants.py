@@ -139,7 +139,7 @@ def test_seeds_multiply_trainings_and_leave_measurements_alone() -> None:
     [
         ({"equal": "seconds"}, "equal_seconds"),
         ({"equal_seconds": 3}, "equal_seconds"),
-        ({"equal": "luck"}, "'images' or 'seconds'"),
+        ({"equal": "luck"}, "'images', 'seconds' or 'memory'"),
         ({"checkpoints": {"1": "x"}, "seeds": [1]}, "trained already"),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbbench.config import ModelConfig, Recompute
+from pbbench.config import ModelConfig
 from pbbench.errors import InputError
 from pbbench.model.checks import check_images, check_rows
 from pbbench.model.embedding import Embedding
@@ -33,6 +33,7 @@ from pbbench.model.patching import (
     row_patches,
     write_rows,
 )
+from pbbench.settings import Recompute
 
 
 class Level(nn.Module):

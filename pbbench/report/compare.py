@@ -25,7 +25,7 @@ from pbbench.report.folder import Run, read_run
 from pbbench.report.judge import FEWEST_STEPS, judge_speed, parse_increase, too_much
 
 FIXED = ("device", "image_size", "dim", "dim_mults", "gradient_accumulation_steps")
-"""Settings that stand in a cell's rows; all measured cells of one run share them."""
+"""Settings that stand in a cell's rows alone; mostly all measured cells of one run share them."""
 VARIED = ("variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
 GATED = ("peak_allocated_bytes", "peak_live_bytes")
 METERS = (*GATED, "peak_reserved_bytes", "peak_process_bytes")

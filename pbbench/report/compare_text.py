@@ -119,11 +119,12 @@ def _peaks(step: StepChange) -> tuple[int | None, int | None]:
 
 def _settings(steps: list[StepChange]) -> list[Column]:
     """The usual columns, and any other setting that varies."""
-    frame = pd.DataFrame([{name: step.settings.get(name) for name in VARIED} for step in steps])
+    usual = (*VARIED, "gradient_accumulation_steps")
+    frame = pd.DataFrame([{name: step.settings.get(name) for name in usual} for step in steps])
     frame["patches_per_pass"] = [
         passes(*(step.settings.get(name) for name in ("patch_batch_size", "batch_size", "patch_divider"))) for step in steps
     ]
-    others = sorted({name for step in steps for name in step.settings} - set(VARIED))
+    others = sorted({name for step in steps for name in step.settings} - set(usual))
     varying = [name for name in others if len({step.settings.get(name) for step in steps}) > 1]
     extra = [Column((n,), [str(step.settings.get(n, UNKNOWN)) for step in steps], numeric=False) for n in varying]
     return settings_columns(frame) + extra

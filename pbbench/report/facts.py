@@ -5,6 +5,7 @@ images are and on how many they were scored, and how to read a row. Every senten
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from pbbench.report import missing, tables
 from pbbench.report.fairness import held_equal, trained_from
 from pbbench.report.layout import fixed_settings, passes_in_words
 from pbbench.report.names import tag
-from pbbench.report.sheet import percent, whole
+from pbbench.report.sheet import number, percent, whole
 
 READING = (
     (
@@ -59,6 +60,9 @@ def patching_pays(cells: Sequence[CellResult]) -> list[str]:
     """Per step, the share of the peak that patching can touch, and the most it saved: one sentence or two each. Of the
     experiment itself: a variant's peak is not patching's doing alone."""
     cells = [cell for cell in cells if not tables.axis(cell, "variant")]
+    given = tables.memory_given(cells)
+    if given is not None:
+        return _speeds_at_equal_memory(cells, given)
     parts, frame = tables.split(cells), tables.tradeoff(cells)
     whole_image = parts[parts["patch_divider"] == 1]
     if whole_image.empty:
@@ -91,6 +95,21 @@ def patching_pays(cells: Sequence[CellResult]) -> list[str]:
             text += f" The lowest peak of those measured: {named}, {percent(changes.min())}."
         sentences.append(text)
     return sentences
+
+
+def _speeds_at_equal_memory(cells: Sequence[CellResult], given: int) -> list[str]:
+    """What a divider buys where each may use as much: speed."""
+    lines = tables.tradeoff(cells).sort_values("train_images_per_second", ascending=False, kind="stable")
+    told = []
+    for line in lines.to_dict("records"):
+        speed = line["train_images_per_second"]
+        ways = "" if line["patches_per_pass"] == "all" else f" ({passes_in_words(line['patches_per_pass'])})"
+        ended = f"{number(speed)} images/s" if math.isfinite(speed) else line["status"].split(" in ")[0].replace("_", " ")
+        told.append(f"d = {line['patch_divider']:.0f}{ways} {ended}")
+    return [
+        f"A training step was given {format_bytes(given)} at every divider, so what patching saves shows as speed. Training, "
+        f"the fastest first: {'; '.join(told)}."
+    ]
 
 
 def quality_statements(cells: Sequence[CellResult]) -> list[str]:

@@ -42,44 +42,52 @@ def pictures(cells: Sequence[CellResult], run: Path) -> tuple[list[Picture], lis
     measured = frame[frame["batch_size"].notna()]
     column = tables.distance_column(frame)
     unchanged = measured[measured["variant"].eq("")]
-    for suffix, settings in _groups(unchanged):
+    together = tables.memory_given(cells) is not None  # each divider has a batch size of its own
+    against = "Time against quality" if together else "Memory against quality"
+    for suffix, settings in [("", {})] if together else _groups(unchanged):
         own = measured[_same(measured, settings) | _rivals(measured, unchanged)]
         own_parts = parts[_same(parts, settings) & parts["variant"].eq("")]
         said = fixed_settings(own[own["variant"].eq("")])
         varied = f" Beside it its variants, each with settings of its own: {_variants(own)}." if own["variant"].any() else ""
         if column:
             named = quality_label(column, tables.sample_counts(own))
+            axis = f"peak of a warm training step and of a warm sampling step by {meter}"
+            ways = "every way to pass its patches has its quality"
+            if together:
+                axis, ways = "seconds that the training took", "in the quickest way that was predicted to fit"
             caption = (
-                f"Memory against quality: peak of a warm training step and of a warm sampling step by {meter}, {said}; "
-                f"quality as {named}. Smaller is better on both axes; the dark points on the dashed line are "
-                f"beaten by no other. A divider is trained {trained_from(cells)}: every way to pass its patches has its "
-                f"quality. {held_equal(cells) or ''}"
+                f"{against}: {axis}, {said}; quality as {named}. Smaller is better on both axes; the dark points on the "
+                f"dashed line are beaten by no other. A divider is trained {trained_from(cells)}: {ways}. "
+                f"{held_equal(cells) or ''}"
             )
             caption = caption.rstrip() + varied
-            _keep(found, f"memory_quality{suffix}", "Memory against quality", caption, plots.memory_against_quality(own))
+            drawn = plots.time_against_quality(own) if together else plots.memory_against_quality(own)
+            _keep(found, f"{'time' if together else 'memory'}_quality{suffix}", against, caption, drawn)
+        ways = "in the way it was trained" if together else "all patches in one pass beside one patch index a pass"
         caption = (
-            f"What fills the peak of a warm step, {said}: live tensor bytes per divider, all patches in one pass beside one "
-            f"patch index a pass. The figures over the bars are their sums.{' Variants stand in the table.' * bool(varied)}"
+            f"What fills the peak of a warm step, {said}: live tensor bytes per divider, {ways}. The figures over the bars are "
+            f"their sums.{' Variants stand in the table.' * bool(varied)}"
         )
         _keep(found, f"memory_split{suffix}", "What fills each peak", caption, plots.peak_by_category(own_parts))
         for step in tables.STEPS:
             chosen = representative(_cells(cells, settings), step)
+            ways = "it was trained with" if together else "has the lowest peak"
             caption = (
                 f"Live tensor bytes over one {plots.STEP_NAMES[step]} step, {said}: for each divider the way to pass its "
-                "patches that has the lowest peak. The triangle marks the peak; under its size the modules that made most of "
-                "its activations. The figures stand in cells/, details.timeline."
+                f"patches that {ways}. The triangle marks the peak; under its size the modules that made most of its "
+                "activations. The figures stand in cells/, details.timeline."
             )
             name, title = f"timeline_{step}{suffix}", f"Memory over a {plots.STEP_NAMES[step]} step"
             _keep(found, name, title, caption, live_bytes_over_a_step(chosen, step))
         caption = f"Speed against memory of a warm step, {said}; peaks by {meter}. Up and to the left is better.{varied}"
         _keep(found, f"speed_memory{suffix}", "Speed against memory", caption, plots.speed_against_memory(own))
     made = {picture.title for picture in found}
-    if "Memory against quality" not in made:
+    if against not in made:
         if not any(cell.kind == "quality" for cell in cells):
             why = "this run scored no images (memory and speed only)"
         else:
             why = "no divider has a quality figure" if column is None else "no scored divider has a measured peak"
-        absent.append(f"Memory against quality: {why}.")
+        absent.append(f"{against}: {why}.")
     if "What fills each peak" not in made:
         absent.append("What fills each peak: no step that ended well was split by what fills it.")
     if not any(title.startswith("Memory over") for title in made):

@@ -53,13 +53,19 @@ def _with_range(texts: list[str], frame: pd.DataFrame, name: str) -> list[str]:
 
 
 def settings_columns(frame: pd.DataFrame) -> list[Column]:
-    """The columns that name a configuration; variant, batch size and precision only where they vary."""
+    """The columns that name a configuration; variant, batch size (with its micro-batches, where some accumulate) and precision
+    only where they vary."""
     columns = [Column(("variant",), list(frame["variant"]), numeric=False)] if frame["variant"].any() else []
     columns += [
         Column(("d",), [whole(v) for v in frame["patch_divider"]]),
         Column(("patches", "a pass"), list(frame["patches_per_pass"]), numeric=False),
     ]
-    if frame["batch_size"].nunique() > 1:
+    micro = list(frame["gradient_accumulation_steps"])
+    accumulated = any(tables.finite([n]) and n > 1 for n in micro)
+    if accumulated and frame[["batch_size", "gradient_accumulation_steps"]].drop_duplicates().shape[0] > 1:
+        texts = [f"{whole(v)} × {whole(n)}" for v, n in zip(frame["batch_size"], micro, strict=True)]
+        columns.append(Column(("batch ×", "accum."), texts))
+    elif frame["batch_size"].nunique() > 1:
         columns.append(Column(("batch",), [whole(v) for v in frame["batch_size"]]))
     if frame["mixed_precision"].nunique() > 1:
         columns.append(Column(("auto-", "cast"), [v or UNKNOWN for v in frame["mixed_precision"]], False, title="autocast"))
@@ -68,14 +74,17 @@ def settings_columns(frame: pd.DataFrame) -> list[Column]:
 
 def passes_in_words(passes: str) -> str:
     """``tables.passes`` as it stands in a sentence."""
-    return {"all": "all patches in one pass", "index": "one patch index a pass"}.get(passes, f"{passes} patches a pass")
+    words = {"all": "all patches in one pass", "index": "one patch index a pass", "1": "one patch a pass"}
+    return words.get(passes, f"{passes} patches a pass")
 
 
 def fixed_settings(frame: pd.DataFrame) -> str:
     """What all lines share, for a caption: the batch size, and the precision where it is not float32."""
     parts = []
     if frame["batch_size"].nunique() == 1:
-        parts.append(f"batch size {whole(frame['batch_size'].dropna().iloc[0])}")
+        micro = frame["gradient_accumulation_steps"].dropna()
+        times = f" × {whole(micro.iloc[0])} accumulated" if micro.nunique() == 1 and micro.iloc[0] > 1 else ""
+        parts.append(f"batch size {whole(frame['batch_size'].dropna().iloc[0])}{times}")
     if frame["mixed_precision"].nunique() == 1:
         shared = frame["mixed_precision"].dropna().iloc[0]
         parts.append("float32" if shared == "no" else f"autocast {shared}")
@@ -103,6 +112,8 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
         if f"{short}_joules_per_image" in frame:
             texts = [number(v) for v in frame[f"{short}_joules_per_image"]]
             columns.append(Column((short, "J/img"), texts, rank=5, title=f"{short} energy of the GPU (J/image)"))
+    if "train_seconds" in frame and frame["train_seconds"].notna().any():
+        columns.append(Column(("training", "s"), [number(v) for v in frame["train_seconds"]], rank=1, title="training (s)"))
     main = tables.distance_column(frame)
     counts = tables.sample_counts(frame)
     for name in dict.fromkeys(
@@ -119,7 +130,8 @@ def tradeoff_sheet(cells: Sequence[CellResult]) -> Sheet:
     columns.append(Column(("status",), [s.replace("_", " ") for s in frame["status"]], numeric=False))
     notes = [f"Peaks: {meter}, warm step." + (f" {fixed_settings(frame).capitalize()}." if fixed_settings(frame) else "")]
     for short in tables.STEPS:
-        if frame[f"{short}_peak_bytes"].notna().any() and not frame[f"{short}_peak_change"].notna().any():
+        changed = frame[f"{short}_peak_change"].notna().any() or tables.memory_given(cells) is not None
+        if frame[f"{short}_peak_bytes"].notna().any() and not changed:
             notes.append(f"No change of the {short} peak is given: there is none of d = 1 in one pass to compare with.")
     if (frame["repeats"] > 1).any():
         notes.append("Median over repeats (least–most).")

@@ -1,4 +1,4 @@
-"""The charts: memory against quality, what fills each peak, and speed against memory.
+"""The charts: memory against quality (at equal memory time against quality), what fills each peak, and speed against memory.
 
 Each function takes a table of ``tables`` and returns a figure, or None where the table holds nothing to draw. Shape marks the
 divider, or in a run with variants the variant, the divider then standing at the point; filled marks one patch index a pass,
@@ -70,10 +70,7 @@ class _Panel:
 
 def _panels(frame: pd.DataFrame, values: Mapping[str, str], *, sharey: bool) -> tuple[Figure, list[_Panel]] | None:
     """A panel per step that has points, with its memory axis; ``values``: step → the column that goes up the y axis."""
-    words = [f"d = {divider:.0f}" for divider in frame["patch_divider"]]
-    if frame["variant"].any():
-        words = [variant or "the experiment" for variant in frame["variant"]]
-    frame = frame.assign(kind=words)
+    frame = _with_kinds(frame)
     drawn = {s: frame[frame[f"{s}_peak_bytes"].notna() & frame[column].notna()] for s, column in values.items()}
     drawn = {s: lines for s, lines in drawn.items() if len(lines)}
     if not drawn:
@@ -89,6 +86,13 @@ def _panels(frame: pd.DataFrame, values: Mapping[str, str], *, sharey: bool) -> 
             low, high = (lines[f"{step}_peak_bytes_{end}"] / size for end in ("min", "max"))
             axes.hlines(panels[-1].ys, low, high, color=WEAK, linewidth=0.7, zorder=2)
     return figure, panels
+
+
+def _with_kinds(frame: pd.DataFrame) -> pd.DataFrame:
+    words = [f"d = {divider:.0f}" for divider in frame["patch_divider"]]
+    if frame["variant"].any():
+        words = [variant or "the experiment" for variant in frame["variant"]]
+    return frame.assign(kind=words)
 
 
 def _fill(passes: str) -> str:
@@ -135,7 +139,7 @@ def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -
             fill: dict[str, Any] = {"fillstyle": style, "markerfacecoloralt": "white", "color": STRONG}
             handles.append(Line2D([], [], marker="o", label=label, **bare, **fill))
     handles += list(extra)
-    most = 7 if len(panels) > 1 else 2
+    most = 7 if figure.get_figwidth() > COLUMN_WIDTH else 2
     if lines["variant"].any():  # names of any length: about 19 letters an inch, and room for the shapes
         longest = max(len(str(handle.get_label())) for handle in handles)
         most = max(1, int(19 * figure.get_figwidth() / (longest + 7)))
@@ -161,6 +165,27 @@ def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
     if column is None or drawn is None:
         return None
     figure, panels = drawn
+    return _against_quality(figure, panels, frame, column)
+
+
+@styled
+def time_against_quality(frame: pd.DataFrame) -> Figure | None:
+    """As ``memory_against_quality``, over the seconds that the training took: what is left to compare at equal memory."""
+    column = distance_column(frame)
+    if column is None or "train_seconds" not in frame:
+        return None
+    lines = _with_kinds(frame)
+    lines = lines[lines["train_seconds"].notna() & lines[column].notna()]
+    if not len(lines):
+        return None
+    figure = new_figure(FULL_WIDTH, 2.75)
+    panel = _Panel(figure.subplots(), lines, list(lines["train_seconds"]), list(lines[column]))
+    scale_axis(panel.axes.xaxis, panel.xs, zero=True)
+    panel.axes.set_xlabel("training (s)")
+    return _against_quality(figure, [panel], frame, column)
+
+
+def _against_quality(figure: Figure, panels: Sequence[_Panel], frame: pd.DataFrame, column: str) -> Figure:
     kinds = _kinds(panels)
     for panel in panels:
         front = pareto(panel.points)

@@ -53,6 +53,11 @@ def memory_column(cells: Iterable[CellResult]) -> str:
     )
 
 
+def memory_given(cells: Iterable[CellResult]) -> int | None:
+    """What a training step was given where the memory is held equal; None where it is not."""
+    return next((c.details["equal_memory"] for c in cells if c.details.get("equal_memory") is not None), None)
+
+
 def results(cells: Iterable[CellResult]) -> pd.DataFrame:
     """Every row as measured, columns as in ``records.COLUMNS``. Integers stay integers and unknown stays None; a float that
     is not finite becomes None with a reason, so that JSON can hold it."""
@@ -96,7 +101,7 @@ def axis(cell: CellResult, name: str) -> Any:
 def configurations(cells: Iterable[CellResult]) -> list[tuple[dict[str, Any], list[CellResult]]]:
     """Measured cells by configuration, repeats together, by variant, precision, batch size, divider, most patches first."""
     groups: dict[tuple[Any, ...], list[CellResult]] = {}
-    names = ("variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size")
+    names = ("variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size", "gradient_accumulation_steps")
     for cell in cells:
         if cell.kind == "measure":
             groups.setdefault(tuple(axis(cell, name) for name in names), []).append(cell)
@@ -197,8 +202,8 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     Bytes as floats (NaN: unknown); ``*_change`` is the signed fraction against the experiment itself at d = 1, all patches, at
     the same batch size and precision; ``*_prediction_error`` the signed fraction predicted / measured − 1. Where a
     configuration was repeated, or trained from several seeds, the figure is the median and ``*_min``, ``*_max`` stand beside
-    it. Columns of quality, of prediction errors and of ``*_joules_per_image`` only where some line has them; ``*_low`` and
-    ``*_high`` are a distance's 95% interval.
+    it. ``train_seconds``, of the whole training, only where the memory is held equal. Columns of quality, of prediction errors
+    and of ``*_joules_per_image`` only where some line has them; ``*_low`` and ``*_high`` are a distance's 95% interval.
     ``frame.attrs["memory_column"]`` names the meter behind the peaks.
     """
     cells = list(cells)
@@ -217,6 +222,7 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
         line |= {
             "patches_per_pass": passes(p, n, d),
             "batch_size": n,
+            "gradient_accumulation_steps": settings.get("gradient_accumulation_steps"),
             "mixed_precision": settings.get("mixed_precision"),
             "repeats": len(members),
         }
@@ -237,11 +243,14 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
                 if any(name in own for own in ranges.values()):
                     own = ranges.get(subject, {}).get(name, (math.nan, math.nan))
                     line |= {f"{name}_{low}": own[0], f"{name}_{high}": own[1]}
+        if memory_given(cells) is not None:
+            line["train_seconds"] = median(finite(c.details.get("train_seconds") for c in judged.get(subject, [])))
         failed = [text for text in (_status(members), _status(judged.get(subject, []))) if text != "ok"]
         line["status"] = "; ".join(failed) or "ok"
         lines.append(line)
     frame = pd.DataFrame(lines)
-    frame = _with_change(frame) if len(frame) else frame
+    if len(frame):
+        frame = _with_change(frame, alike=memory_given(cells) is None)
     optional = ("_prediction_error", "_joules_per_image")
     empty = [c for c in frame.columns if c.endswith(optional) and not frame[c].notna().any()]
     frame = frame.drop(columns=empty)
@@ -254,12 +263,13 @@ def quality_names(scores: dict[Subject, dict[str, float]]) -> list[str]:
     return [name for name in QUALITY if name in present]
 
 
-def _with_change(frame: pd.DataFrame) -> pd.DataFrame:
+def _with_change(frame: pd.DataFrame, alike: bool) -> pd.DataFrame:
     """Each peak against the experiment itself at d = 1 in one pass, at the same batch size and precision; NaN where that was
-    not measured. A variant with a batch size or precision of its own is held against the only such line, where there is one."""
+    not measured, or (not ``alike``) each divider has a batch size of its own. A variant with a batch size or precision of its
+    own is held against the only such line, where there is one."""
     for short in STEPS:
         whole: dict[Any, float] = {}
-        unchanged = frame["variant"].eq("") & frame["patch_divider"].eq(1) & frame["patches_per_pass"].eq("all")
+        unchanged = frame["variant"].eq("") & frame["patch_divider"].eq(1) & frame["patches_per_pass"].eq("all") & alike
         for _, line in frame[unchanged].iterrows():
             whole[(line["batch_size"], line["mixed_precision"])] = line[f"{short}_peak_bytes"]
         only = next(iter(whole.values())) if len(whole) == 1 else math.nan
@@ -295,7 +305,8 @@ def split(cells: Iterable[CellResult]) -> pd.DataFrame:
                 }
                 | {"measured_peak_bytes": median(step_values(members, phase, "peak_allocated_bytes"))}
             )
-    columns = ["step", "variant", "mixed_precision", "batch_size", "patch_divider", "patch_batch_size", "patches_per_pass"]
+    columns = ["step", "variant", "mixed_precision", "batch_size", "gradient_accumulation_steps", "patch_divider"]
+    columns += ["patch_batch_size", "patches_per_pass"]
     parts_columns = [f"{name}_bytes" for name in CATEGORIES]
     return pd.DataFrame(lines, columns=[*columns, *parts_columns, "peak_live_bytes", "measured_peak_bytes", "activation_share"])
 

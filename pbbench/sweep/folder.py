@@ -19,6 +19,7 @@ from pbbench import environment as environments
 from pbbench.config import Experiment, differences, parse_experiment, read_toml
 from pbbench.errors import InputError, one_line, writing_to
 from pbbench.records import read_cell, write_json, write_text
+from pbbench.sweep_settings import Fitted
 
 HEAD, SUBMITTER, CELLS = 0, 1, 2
 """Bytes of the lock file: the folder's head, the process that submits to a scheduler, and from 2 on the cells as planned."""
@@ -87,10 +88,24 @@ def check_settings(experiment: Experiment, out: Path, *, resume: bool) -> None:
             f"--resume: {out} holds no sweep (no experiment.toml, but {', '.join(occupied[:4])}); choose another --out"
         )
     if settings.exists():
-        changed = differences(parse_experiment(read_toml(settings), str(settings)), experiment)
-        changed = [line for line in changed if not line.startswith(_MAY_DIFFER)]
+        changed = _changed(parse_experiment(read_toml(settings), str(settings)), experiment)
+        changed = [line for line in changed if not line.startswith("sweep.fitted")] or changed  # it follows from the others
         if changed:
             raise InputError(f"--resume: {out} was started with other settings: {'; '.join(changed[:6])}")
+
+
+def _changed(before: Experiment, now: Experiment) -> list[str]:
+    return [line for line in differences(before, now) if not line.startswith(_MAY_DIFFER)]
+
+
+def fitted_before(experiment: Experiment, out: Path) -> dict[str, Fitted]:
+    """``sweep.fitted`` of a folder that was begun with these very settings, whatever of it they hold; else empty."""
+    settings = out / "experiment.toml"
+    if not settings.exists():
+        return {}
+    before = parse_experiment(read_toml(settings), str(settings))
+    bare = before.model_copy(update={"sweep": before.sweep.model_copy(update={"fitted": experiment.sweep.fitted})})
+    return {} if _changed(bare, experiment) else before.sweep.fitted
 
 
 def settle_settings(experiment: Experiment, out: Path, *, resume: bool) -> None:

@@ -5,7 +5,8 @@ A prediction has two halves. **Live**: the bytes of the tensors alive in the ste
 what CUDA's libraries take: workspaces and the driver's context differ by GPU and version, so they are unknown until a sweep
 on such a GPU has shown them (``sweep.calibration``).
 
-A chunked step is traced without the chunks that only repeat others (``repeated_chunks_skipped``): the peak is the same.
+A chunked step is traced without the chunks that only repeat others (``repeated_chunks_skipped``), and of several micro-batches
+two, the first, which finds no gradients, and one that does: the peak is the same.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def forecast(
 ) -> Forecast:
     """Predict both steps of a cell: nothing is computed and no memory of any size is taken.
 
-    every_chunk: also those that repeat others; slower, with the same peaks. settings: the allocator's.
+    every_chunk: also those that repeat others, and every micro-batch; slower, with the same peaks. settings: the allocator's.
     """
     return Forecast(
         cell,
@@ -152,6 +153,9 @@ def forecast_step(
 
     resolved, device = resolve(experiment, cell), torch.device("cpu")
     build: Callable[..., Any] = {"sample_step": workload.sampling_workload, "train_step": workload.training_workload}[step]
+    if resolved.training.gradient_accumulation_steps > 2 and not every_chunk:
+        two = resolved.training.model_copy(update={"gradient_accumulation_steps": 2})
+        resolved = resolved.model_copy(update={"training": two})
     with nullcontext() if every_chunk else repeated_chunks_skipped(cell.batch_size):
         live = predict(lambda: build(resolved, cell, device), record_events=True)
     return StepForecast(live, steady_state(live, settings), operators(live))

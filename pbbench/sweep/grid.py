@@ -3,7 +3,8 @@
 A **measure** cell is one (variant, patch_divider, patch_batch_size, batch_size, mixed_precision, repeat) in a fresh process:
 memory and speed of a sampling step and of a training step. A **quality** cell trains one divider of one variant once per seed
 (how the pass is chunked does not change the result), samples and scores. Memory and speed of every divider come first: they
-take minutes, quality takes hours.
+take minutes, quality takes hours. Where the memory is held equal, what fits has been found before (``fit``), and each divider
+is measured as it is trained.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pbbench.config import Experiment, Precision, TrainingConfig, resolve_patch_batch_size
+from pbbench.config import Experiment, TrainingConfig
 from pbbench.errors import InputError
+from pbbench.settings import PatchBatchSize, Precision, resolve_patch_batch_size
+from pbbench.sweep_settings import Fitted, SweepConfig, place_name
 from pbbench.variants import slug
 
 UNLIMITED = 10**9
@@ -63,28 +66,36 @@ def resolve(experiment: Experiment, cell: Cell) -> Experiment:
     return found.model_copy(update={"training": training})
 
 
-def plan(experiment: Experiment) -> list[Cell]:
-    """The cells in the order they run, each once: settings that come to the same number of patches a pass are one cell.
-
-    Raises InputError where a divider does not fit the image, or trainings would not compare.
-    """
-    sweep = experiment.sweep
+def _subjects(sweep: SweepConfig) -> list[tuple[str, int]]:
     places = [("", divider) for divider in sweep.dividers]
-    places += [(name, d) for name, variant in sweep.variants.items() for d in variant.get("dividers", sweep.dividers)]
-    resolved = {place: experiment.at(place[1], place[0]) for place in places}
+    return places + [(name, d) for name, variant in sweep.variants.items() for d in variant.get("dividers", sweep.dividers)]
+
+
+def check_subjects(experiment: Experiment) -> dict[tuple[str, int], Experiment]:
+    """(variant, divider) → its own experiment, of all that are measured and trained, those without a variant first. Raises
+    InputError where a divider does not fit the image, trainings would not compare, or what they need is not there."""
+    sweep = experiment.sweep
+    resolved = {(variant, divider): experiment.at(divider, variant) for variant, divider in _subjects(sweep)}
     strangers = [d for d in sweep.checkpoints if d not in {str(divider) for divider in sweep.dividers}]
     if strangers:
         raise InputError(f"sweep.checkpoints names divider {', '.join(strangers)}, which is not among the sweep's dividers")
     if sweep.quality:
         _check_sources(experiment)
         _check_budgets(experiment, resolved)
+    return resolved
+
+
+def plan(experiment: Experiment) -> list[Cell]:
+    """The cells in the order they run, each once: settings that come to the same number of patches a pass are one cell.
+
+    Raises InputError as ``check_subjects`` does, and where the memory is held equal and what fits has not been found.
+    """
+    _check_fitted(experiment)
+    sweep, resolved = experiment.sweep, check_subjects(experiment)
+    places = list(resolved)
     cells: dict[str, Cell] = {}
     for repeat, (variant, divider) in product(range(sweep.repeats), places):
-        own = sweep.variants.get(variant, {}).get("training", {})
-        batch_sizes = (own["batch_size"],) if "batch_size" in own else sweep.batch_sizes or (experiment.training.batch_size,)
-        precisions = sweep.mixed_precisions or (experiment.training.mixed_precision,)
-        precisions = (own["mixed_precision"],) if "mixed_precision" in own else precisions
-        for setting, batch, precision in product(sweep.patch_batch_sizes, batch_sizes, precisions):
+        for setting, batch, precision in _measured(experiment, variant, resolved[variant, divider].training):
             patches = resolve_patch_batch_size(setting, batch, divider)
             name = f"{_prefix(variant)}d{divider}-p{patches}-b{batch}-{precision}" + (f"-r{repeat}" if repeat else "")
             cells.setdefault(name, Cell(name, "measure", divider, patches, batch, precision, repeat, variant))
@@ -97,18 +108,41 @@ def plan(experiment: Experiment) -> list[Cell]:
     return list(cells.values())
 
 
+def _measured(experiment: Experiment, variant: str, training: TrainingConfig) -> list[tuple[PatchBatchSize, int, Precision]]:
+    """(patches a pass, batch size, precision) of a subject's measured cells; ``training``: its own, resolved."""
+    sweep, own = experiment.sweep, experiment.sweep.variants.get(variant, {}).get("training", {})
+    if sweep.equal == "memory":
+        return [(training.patch_batch_size, training.batch_size, training.mixed_precision)]
+    batch_sizes = (own["batch_size"],) if "batch_size" in own else sweep.batch_sizes or (experiment.training.batch_size,)
+    precisions = sweep.mixed_precisions or (experiment.training.mixed_precision,)
+    precisions = (own["mixed_precision"],) if "mixed_precision" in own else precisions
+    return list(product(sweep.patch_batch_sizes, batch_sizes, precisions))
+
+
+def _check_fitted(experiment: Experiment) -> None:
+    """Where the memory is held equal, what fits must have been found, and come to each training's own optimizer batch."""
+    bare = experiment.model_copy(update={"sweep": experiment.sweep.model_copy(update={"fitted": {}})})
+    for variant, divider in _subjects(experiment.sweep) if experiment.sweep.equal == "memory" else ():
+        name, training = place_name(variant, divider), bare.at(divider, variant).training
+        found = experiment.sweep.fitted.get(name)
+        if found is None or images_a_step(found) != images_a_step(training):
+            raise InputError(
+                f'sweep.fitted."{name}" is missing or of another optimizer batch; pbbench.sweep.fit.fit_to_memory finds it'
+            )
+
+
 def _prefix(variant: str) -> str:
     return f"{slug(variant)}-" if variant else ""
 
 
 def _check_budgets(experiment: Experiment, resolved: dict[tuple[str, int], Experiment]) -> None:
     """Where the images seen are held equal, every variant's budget must come to the experiment's. Raises InputError."""
-    if experiment.sweep.equal != "images":
+    if experiment.sweep.equal == "seconds":
         return
     images = images_to_see(experiment.training)
     for (variant, _), own in resolved.items():
         if images_to_see(own.training) != images:
-            one = own.training.batch_size * own.training.gradient_accumulation_steps
+            one = images_a_step(own.training)
             fits = images % one == 0
             steps = f"training.num_steps = {images // one}" if fits else f"batches of which {images:,} is a multiple"
             raise InputError(
@@ -119,7 +153,12 @@ def _check_budgets(experiment: Experiment, resolved: dict[tuple[str, int], Exper
 
 def images_to_see(training: TrainingConfig) -> int:
     """Of a whole training by one process, with repetition."""
-    return training.num_steps * training.gradient_accumulation_steps * training.batch_size
+    return training.num_steps * images_a_step(training)
+
+
+def images_a_step(training: TrainingConfig | Fitted) -> int:
+    """Images of one optimizer step of one process."""
+    return training.batch_size * training.gradient_accumulation_steps
 
 
 def _check_sources(experiment: Experiment) -> None:

@@ -90,7 +90,8 @@ class LiveView:
     def cell_ended(self, cell: Cell, result: CellResult, seconds: float) -> None:
         self.running.pop(cell.id, None)
         self.ended[cell.id] = result.status
-        self.seconds.setdefault(cell.kind, []).append(seconds)
+        if seconds:  # else it was not run: no prediction lets it fit
+            self.seconds.setdefault(cell.kind, []).append(seconds)
         self.bar.update(self.task, completed=len(self.ended))
         mark, style = ("✓", "green") if result.status == "ok" else ("✗", "red")
         line = Text.assemble((mark, style), f" {cell.describe()}  ", (f"{_summary(result)}  {_clock(seconds)}", "dim"))

@@ -8,12 +8,14 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from pbbench.config import Experiment, Precision
+from pbbench.config import Experiment
 from pbbench.errors import InputError
 from pbbench.records import format_bytes
+from pbbench.settings import Precision
 from pbbench.sweep.calibration import UNCALIBRATED, Calibration
+from pbbench.sweep.fit import beyond_memory, in_words
 from pbbench.sweep.forecast import forecast
-from pbbench.sweep.grid import Cell
+from pbbench.sweep.grid import Cell, images_a_step
 from pbbench.sweep.search import Fit, Search
 
 STEPS = {"train": "train_step", "sample": "sample_step"}
@@ -28,7 +30,7 @@ def forecast_table(experiment: Experiment, cells: Sequence[Cell], calibration: C
         for name in ("live", "activ.", "reserved"):
             table.add_column(f"{step}\n{name}", justify="right", no_wrap=True)
     for cell in cells:
-        if cell.kind == "measure":
+        if cell.kind == "measure" and beyond_memory(experiment, cell, experiment.device) is None:
             found = forecast(experiment, cell)
             counts: list[int] = []
             for predicted in (found.sample_step, found.train_step):
@@ -41,8 +43,14 @@ def forecast_table(experiment: Experiment, cells: Sequence[Cell], calibration: C
         "d: divider, p: patches a pass, b: batch size, then the precision. Live: tensor bytes. "
         f"Reserved: what CUDA's caching allocator would hold. {calibration.describe()}"
     )
+    given = experiment.sweep.equal_memory
+    if given is not None:
+        table.caption += f" Each training step is given {format_bytes(given)}."
+        for place, fit in experiment.sweep.fitted.items():
+            variant, _, divider = place.rpartition("/")
+            table.caption += f" {f'{variant}, ' * bool(variant)}d={divider}: {in_words(fit, given)}."
     if any(cell.kind == "quality" for cell in cells):
-        budget = f"{experiment.training.num_steps:,} steps of {experiment.training.batch_size} images"
+        budget = f"{experiment.training.num_steps:,} steps of {images_a_step(experiment.training)} images"
         if experiment.sweep.equal_seconds is not None:
             budget = f"for {experiment.sweep.equal_seconds:g} seconds"
         table.caption += f" A quality cell trains {budget} and scores {experiment.quality.num_images:,} samples."

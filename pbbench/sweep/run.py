@@ -21,9 +21,10 @@ from typing import Literal, NamedTuple, TypeVar
 from pbbench import environment as environments
 from pbbench.config import Experiment
 from pbbench.errors import InputError
-from pbbench.records import write_cell
+from pbbench.records import CellResult, write_cell
 from pbbench.sweep import folder, local, slurm
-from pbbench.sweep.grid import plan
+from pbbench.sweep.fit import beyond_memory
+from pbbench.sweep.grid import Cell, plan
 from pbbench.sweep.local import Listener
 
 Executor = Literal["local", "slurm"]
@@ -98,16 +99,25 @@ def run_sweep(
             done = folder.finished(out)
         listener.started(mine, {cell.id: done[cell.id] for cell in mine if cell.id in done})
         left = [cell for cell in mine if cell.id not in done]
+
+        def keep(cell: Cell, result: CellResult, seconds: float) -> None:
+            if not folder.cell_file(out, cell.id).exists():  # a job of a scheduler writes its own
+                write_cell(out, result)
+            done[cell.id] = result.status
+            listener.cell_ended(cell, result, seconds)
+
+        for cell in left:
+            unfit = beyond_memory(experiment, cell, device)
+            if unfit is not None:
+                keep(cell, unfit, 0.0)
+        left = [cell for cell in left if cell.id not in done]
         if environment is not None:
             ended = local.run_cells(experiment, left, device, out, listener, local.places(environment))
         else:
             ended = slurm.run_cells(experiment, left, device, out, listener, any_environment=any_environment)
         with contextlib.closing(ended):
             for cell, result, seconds in ended:
-                if not folder.cell_file(out, cell.id).exists():  # a job of a scheduler writes its own
-                    write_cell(out, result)
-                done[cell.id] = result.status
-                listener.cell_ended(cell, result, seconds)
+                keep(cell, result, seconds)
         with claims.waiting_for(folder.HEAD):
             complete = all(folder.cell_file(out, cell.id).exists() for cell in cells)
             if complete:

@@ -1,8 +1,10 @@
-"""What fits in a given memory: the largest batch of each divider, and the fastest way to run the batch that was asked for.
+"""What fits in a given memory: the largest batch of each divider, and the fastest way to run the batch that was asked for, or
+the optimizer step.
 
 Every candidate is predicted (``forecast_step``), never guessed; the searches only decide which to predict. The largest batch is
-closed in on from both sides. The fastest setting is chosen among precision, recomputation and patches a pass by an estimate of
-the time (``relative_cost``), which ranks and is no measurement; a sweep measures.
+closed in on from both sides. The fastest setting is chosen among precision, recomputation and patches a pass (of an optimizer
+step: among micro-batches and patches a pass) by an estimate of the time (``relative_cost``), which ranks and is no measurement;
+a sweep measures.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
-from pbbench.config import Experiment, Precision, Recompute, merge, parse_experiment, resolve_patch_batch_size
+from pbbench.config import Experiment, merge, parse_experiment
+from pbbench.settings import Precision, Recompute, resolve_patch_batch_size
 from pbbench.sweep.calibration import Calibration
 from pbbench.sweep.forecast import STEPS, forecast_step
 from pbbench.sweep.grid import Cell
@@ -37,12 +40,16 @@ class Fit:
 
     patch_divider: int
     batch_size: int
+    gradient_accumulation_steps: int
     patch_batch_size: int
     mixed_precision: str
     recompute: str
+    predicted_live_bytes: int
     predicted_reserved_bytes: int
     with_known_terms_bytes: int
     """Reserved, with workspaces and context where the calibration knows them."""
+    needed_bytes: int
+    """What is held against the limit: live bytes in a search for a CPU, else those with the known terms."""
     margin_bytes: int
     relative_cost: float
     """Estimated time per image; only its order means something."""
@@ -52,15 +59,27 @@ class Fit:
 
 
 class Search:
-    """Searches for one step ("train_step" or "sample_step") of an experiment under ``limit_bytes``; predictions are kept."""
+    """Searches for one step ("train_step" or "sample_step") of an experiment under ``limit_bytes``; predictions are kept.
+
+    ``live``: the limit is one on live bytes, as on a CPU, instead of reserved ones.
+    """
 
     def __init__(
-        self, experiment: Experiment, step: str, limit_bytes: int, calibration: Calibration, settings: Any = None
+        self,
+        experiment: Experiment,
+        step: str,
+        limit_bytes: int,
+        calibration: Calibration,
+        settings: Any = None,
+        *,
+        live: bool = False,
     ) -> None:
         assert step in STEPS
-        self.experiment, self.step, self.limit = experiment, step, limit_bytes
+        self.experiment = merged(experiment, {"sweep": {"equal": "images", "equal_seconds": None, "equal_memory": None}})
+        self.step, self.limit, self.live = step, limit_bytes, live
         self.calibration, self.settings = calibration, settings
-        self._known: dict[tuple[Any, ...], tuple[int, int, int]] = {}
+        self._known: dict[tuple[Any, ...], _Predicted] = {}
+        self._counted: dict[tuple[Any, ...], tuple[int, int]] = {}
 
     def largest_batch(self, divider: int) -> Fit | None:
         """The largest batch that fits with the experiment's patches a pass, precision and recomputation; None: none does."""
@@ -71,17 +90,15 @@ class Search:
             patches = resolve_patch_batch_size(section.patch_batch_size, batch, divider)
             return self._fit(divider, batch, patches, section.mixed_precision, training.recompute)
 
-        best = largest(lambda batch: fit(batch).with_known_terms_bytes, self.limit, MOST_IMAGES)
+        best = largest(lambda batch: fit(batch).needed_bytes, self.limit, MOST_IMAGES)
         return fit(best) if best else None
 
     def fastest(self, divider: int, batch: int, precisions: Sequence[Precision]) -> Fit | None:
         """The setting of least estimated time that fits, for this divider and batch; None: none fits."""
         best: Fit | None = None
-        rows = batch * divider**2
-        sizes = [n for n in range(rows, 0, -1) if rows % n == 0]  # equal passes; the fewer, the faster
         recomputes: tuple[Recompute, ...] = RECOMPUTE if self.step == "train_step" else ("none",)
         for precision, recompute in product(precisions, recomputes):
-            for patches in sizes:
+            for patches in divisors(batch * divider**2):  # equal passes; the fewer, the faster
                 found = self._fit(divider, batch, patches, precision, recompute)
                 if best is not None and found.relative_cost >= best.relative_cost:
                     break
@@ -90,51 +107,121 @@ class Search:
                     break
         return best
 
-    def _fit(self, divider: int, batch: int, patches: int, precision: str, recompute: Recompute) -> Fit:
-        key = (divider, batch, patches, precision, recompute)
+    def quickest_step(self, divider: int) -> Fit:
+        """How one optimizer step of the experiment takes the least estimated time of the ways that fit: among micro-batches,
+        their number times their size unchanged, and patches a pass; of equal times that of the fewest micro-batches. Where
+        none fits (a negative margin), the way that needs least."""
+        training = self.experiment.training
+        images = training.batch_size * training.gradient_accumulation_steps
+        batches = divisors(images)
+
+        def able(patches: int) -> list[int]:
+            return [batch for batch in batches if batch * divider**2 % patches == 0]
+
+        def fit(batch: int, patches: int) -> Fit:
+            return self._fit(divider, batch, patches, training.mixed_precision, training.recompute, images // batch)
+
+        # The time falls with the patches a pass alone. All of them at once is a case of its own: no gradients wait meanwhile.
+        every, *fewer = divisors(batches[0] * divider**2)
+        tried = [fit(batches[0], every)]
+        if tried[0].margin_bytes < 0 and fewer:
+            tried.append(first_fitting(fewer, lambda patches: fit(able(patches)[-1], patches)))
+        chosen = min(tried, key=lambda found: found.needed_bytes)
+        if chosen.margin_bytes >= 0:
+            chosen = first_fitting(able(chosen.patch_batch_size), lambda batch: fit(batch, chosen.patch_batch_size))
+        return chosen
+
+    def _fit(
+        self, divider: int, batch: int, patches: int, precision: Precision, recompute: Recompute, micro: int | None = None
+    ) -> Fit:
+        """``micro``: micro-batches of an optimizer step; None: the experiment's."""
+        micro = micro or (self.experiment.training.gradient_accumulation_steps if self.step == "train_step" else 1)
+        key = (divider, batch, patches, precision, recompute, micro)
         if key not in self._known:
             self._known[key] = self._predict(*key)
-        reserved, kernels, weights = self._known[key]
+        live, reserved, weights = self._known[key]
         whole = reserved + self.calibration.known_bytes
+        needed = live if self.live else whole
         passes = -(-batch * divider**2 // patches)
-        flops = self._flops(divider, recompute) * batch
-        cost = relative_cost(flops, passes, kernels, weights, precision, self.step) / batch
-        return Fit(divider, batch, patches, precision, recompute, reserved, whole, self.limit - whole, cost)
+        flops, kernels = self._count(divider, recompute, precision)
+        cost = relative_cost(flops * batch, passes, kernels, weights, precision, self.step) / batch
+        sizes = (live, reserved, whole, needed, self.limit - needed)
+        return Fit(divider, batch, micro, patches, precision, recompute, *sizes, cost)
 
-    def _predict(self, divider: int, batch: int, patches: int, precision: str, recompute: str) -> tuple[int, int, int]:
-        """Reserved bytes, operators of one pass, and bytes of the weights."""
-        over = {"training": {"recompute": recompute}, "model": {"patch_divider": divider}}
-        experiment = parse_experiment(merge(self.experiment.model_dump(mode="json"), over), "--memory-limit")
-        cell = Cell("search", "measure", divider, patches, batch, precision)  # type: ignore[arg-type]
+    def _predict(
+        self, divider: int, batch: int, patches: int, precision: Precision, recompute: Recompute, micro: int
+    ) -> _Predicted:
+        over = {"training": {"recompute": recompute, "gradient_accumulation_steps": micro}}
+        experiment = merged(self.experiment, over | {"model": {"patch_divider": divider}})
+        cell = Cell("search", "measure", divider, patches, batch, precision)
         found = forecast_step(experiment, cell, self.step, settings=self.settings)
-        events = found.live.events or []
-        kernels = sum(e.delta > 0 and e.allocation.born > 0 and e.allocation.phase != "optimizer" for e in events)
-        return found.steady.warm.reserved_bytes, kernels, found.live.by_category["parameter"]
+        return _Predicted(found.live.peak_bytes, found.steady.warm.reserved_bytes, found.live.by_category["parameter"])
 
-    def _flops(self, divider: int, recompute: Recompute) -> int:
-        """Floating-point operations per image of the step, by torch's formulas."""
-        key = ("flops", divider, recompute)
-        if key not in self._known:
-            self._known[key] = (flops_per_image(self.experiment, self.step, divider, recompute), 0, 0)
-        return self._known[key][0]
+    def _count(self, divider: int, recompute: Recompute, precision: Precision) -> tuple[int, int]:
+        key = (divider, recompute, precision)
+        if key not in self._counted:
+            self._counted[key] = one_pass(self.experiment, self.step, *key)
+        return self._counted[key]
 
 
-def flops_per_image(experiment: Experiment, step: str, divider: int, recompute: Recompute) -> int:
-    """Counted on fake tensors, for one image in one pass; no batch or chunk changes them."""
+class _Predicted(NamedTuple):
+    """Peaks of a step, and bytes of the weights."""
+
+    live: int
+    reserved: int
+    weights: int
+
+
+def merged(experiment: Experiment, over: dict[str, Any]) -> Experiment:
+    """The experiment with other settings, what had been found to fit left out."""
+    values = merge(experiment.model_dump(mode="json"), over)
+    values["sweep"]["fitted"] = {}
+    return parse_experiment(values, "--memory-limit")
+
+
+def first_fitting(options: Sequence[int], fit: Callable[[int], Fit]) -> Fit:
+    """The first of ``options`` that fits, where each needs no more than the one before; the last where none does. Tries the
+    first and the last, then halves what is between."""
+    found = fit(options[0])
+    if found.margin_bytes >= 0:
+        return found
+    found, low, high = fit(options[-1]), 0, len(options) - 1
+    while found.margin_bytes >= 0 and high - low > 1:
+        middle = (low + high) // 2
+        between = fit(options[middle])
+        if between.margin_bytes >= 0:
+            found, high = between, middle
+        else:
+            low = middle
+    return found
+
+
+def divisors(number: int) -> list[int]:
+    """The largest first."""
+    return [n for n in range(number, 0, -1) if number % n == 0]
+
+
+def one_pass(
+    experiment: Experiment, step: str, divider: int, recompute: Recompute, precision: Precision = "no"
+) -> tuple[int, int]:
+    """Floating-point operations of the step by torch's formulas, and the operators that make a tensor, without the optimizer's:
+    on fake tensors, for one image in one pass. Per image no batch or chunk changes the former, and none the latter per pass."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from pbbench.sweep import workload
 
-    over = {"training": {"recompute": recompute, "gradient_accumulation_steps": 1}, "model": {"patch_divider": divider}}
-    resolved = parse_experiment(merge(experiment.model_dump(mode="json"), over), "--memory-limit")
-    cell = Cell("flops", "measure", divider, divider**2, 1, "no")
+    training = {"recompute": recompute, "gradient_accumulation_steps": 1}
+    resolved = merged(experiment, {"training": training, "model": {"patch_divider": divider}})
+    cell = Cell("flops", "measure", divider, divider**2, 1, precision)
     build: Callable[..., Any] = workload.training_workload if step == "train_step" else workload.sampling_workload
     with FakeTensorMode():
         work = build(resolved, cell, torch.device("cpu"))
         with workload.FlopCount() as flops:
-            work.run()
-    return flops.total
+            live = work.trace(record_events=True)
+    events = live.events or []
+    made = sum(e.delta > 0 and e.allocation.born > 0 and e.allocation.phase != "optimizer" for e in events)
+    return flops.total, made
 
 
 def relative_cost(

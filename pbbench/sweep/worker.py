@@ -46,6 +46,8 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, run: Path, emi
     if snapshots and device.type != "cuda":
         emit("note", text="sweep.memory_snapshots: torch's snapshots are of CUDA memory; none is written on this device")
         snapshots = None
+    if experiment.sweep.equal_memory is not None:
+        emit("detail", equal_memory=experiment.sweep.equal_memory)
     builders = {"sample_step": workload.sampling_workload, "train_step": workload.training_workload}
     with Meter(device) as meter:
         for phase, build in builders.items():

@@ -22,12 +22,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pbbench.config import Experiment, resolve_patch_batch_size
+from pbbench.config import Experiment
 from pbbench.errors import InputError, writing_to
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.patching import row_chunks, split
 from pbbench.model.unet import PatchUNet
 from pbbench.records import write_text
+from pbbench.settings import resolve_patch_batch_size
 from pbbench.training import checkpoint as checkpoints
 from pbbench.training.data import ImageSet, to_x_start
 from pbbench.training.ema import ExponentialMovingAverage
