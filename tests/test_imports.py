@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pbbench"
-BASE = {"errors", "config", "variants", "records", "environment", "options"}
+BASE = {"errors", "config", "variants", "records", "environment", "options", "processes"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors", "variants"},
     "variants": set(),
     "records": {"errors"},
-    "options": {"errors"},
+    "processes": set(),
+    "options": {"errors", "processes"},
     "environment": {"errors"},
     "model": {"errors", "config"},
     "memory": {"errors"},
-    "training": {"errors", "config", "records", "model"},
-    "quality": {"errors", "config", "records", "model"},
+    "training": {"errors", "config", "records", "processes", "model"},
+    "quality": {"errors", "config", "records", "processes", "model"},
     "report": {"errors", "records"},
     "sweep": BASE | {"model", "memory", "training", "quality", "report"},
     "checks": {"errors", "records", "quality"},
@@ -60,6 +61,7 @@ def test_imports_point_one_way(file):
         ("pbbench.report.compare", ("torch", "matplotlib")),
         ("pbbench.doctor", ("torch", "pandas")),
         ("pbbench.memory.allocator", ("torch", "numpy")),
+        ("pbbench.processes", ("torch",)),
         ("pbbench.memory.meter", ("pbbench.model", "pbbench.config", "accelerate", "diffusers", "torchvision")),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from pbbench.cli.shared import Device, ExperimentFile, Json, Preset, Settings, d
 from pbbench.config import load_experiment
 from pbbench.errors import InputError
 from pbbench.options import whole_numbers
+from pbbench.processes import is_main_process
 
 
 def train(
@@ -34,7 +34,7 @@ def train(
 
     settings = settings.model_copy(update={"device": resolve_device(device or settings.device)})
     result = train_model(settings, out, resume=resume, show_bar=True)
-    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
+    if is_main_process():
         typer.echo(str(result.checkpoint) if result.checkpoint else "no checkpoint was saved")
         if result.status != "ok":
             typer.echo(f"pbbench: the loss was not a number at step {result.steps}; training stopped", err=True)
@@ -53,7 +53,7 @@ def sample(
     set_: Settings = None,
     device: Device = None,
 ) -> None:
-    """Draw images from a checkpoint's averaged weights."""
+    """Draw images from a checkpoint's averaged weights (alone, or under torchrun)."""
     from pbbench.environment import resolve_device
     from pbbench.training.generate import sample_to_folder
 
@@ -65,7 +65,7 @@ def sample(
     }
     overrides = laid_over(set_, sampling=sampling)
     written = sample_to_folder(checkpoint, count, out, overrides, resolve_device(device or "auto"))
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         typer.echo(str(written))
 
 
@@ -101,7 +101,7 @@ def fid(
     device: Device = None,
     json_: Json = False,
 ) -> None:
-    """FID, KID, precision and recall between two sets of images."""
+    """FID, KID, precision and recall between two sets of images (alone, or under torchrun)."""
     from pbbench.environment import resolve_device
     from pbbench.sweep.score_sets import METRICS, lines, score_sets
 
@@ -118,11 +118,8 @@ def fid(
         image_size=size[0] if size else None,
         device=resolve_device(device or "auto"),
     )
-    if json_:
-        typer.echo(json.dumps(scores, indent=1))
-        return
-    for line in lines(scores):
-        typer.echo(line)
+    if is_main_process():
+        typer.echo(json.dumps(scores, indent=1) if json_ else "\n".join(lines(scores)))
 
 
 def convert(
