@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from pbbench.errors import InputError
+from pbbench.processes import is_main_process, telling_a_failure
 from pbbench.sizes import byte_count
 
 NUMBER = re.compile(r"-\d+(\.\d*)?$")
@@ -81,22 +82,30 @@ def memory_size(name: str, text: str | None) -> int | None:
 
 
 def run_app(app: typer.Typer, words: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 something in it failed, 2 bad input, 130 Ctrl-C."""
+    """Run the command line and return its exit code: 0 done, 1 something in it failed, 2 bad input, 130 Ctrl-C.
+
+    Of several processes (torchrun) one tells why they failed."""
     try:
         code = app(args=words, standalone_mode=False, prog_name="pbbench")
     except InputError as error:
         return _complain(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("pbbench: stopped", err=True)
+        if is_main_process():
+            typer.echo("pbbench: stopped", err=True)
         return 130
     except Exception as error:  # typer carries its own click, whose errors have no public base class
         message: Callable[[], str] | None = getattr(error, "format_message", None)
         if message is None:
-            raise
+            with telling_a_failure() as mine:
+                if mine:
+                    raise
+            return 1
         return _complain(" ".join(message().split()))
     return int(code or 0)
 
 
 def _complain(message: str) -> int:
-    typer.echo(f"pbbench: {message}", err=True)
+    with telling_a_failure() as mine:
+        if mine:
+            typer.echo(f"pbbench: {message}", err=True)
     return 2

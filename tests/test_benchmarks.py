@@ -10,6 +10,7 @@ import data_loading
 import memory_rule
 import memory_table
 import meter_overhead
+import processes
 import rivals
 import speed
 
@@ -28,6 +29,17 @@ def test_loading_is_measured_for_every_source_and_published_as_quicker(tmp_path,
         assert [row["source"] for row in report["rows"]] == list(data_loading.SOURCES)
         assert data_loading.markdown(report) == (folder / "loading.md").read_text(encoding="utf-8")
     assert all(min(row["ratio_of_each_round"]) > 10 for row in report["rows"])
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_are_timed_on_the_same_work(tmp_path):
+    processes.main(["--num-images", "9", "--rounds", "1", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "processes.json").read_text(encoding="utf-8"))
+    assert [(row["work"], row["num_images"]) for row in report["rows"]] == [("sample", 9), ("score", 144)]
+    for row in report["rows"]:
+        one, two = (row["seconds"][count] for count in "12")
+        assert row["times_as_fast"] == one[0] / two[0]
+    assert processes.markdown(report) == (tmp_path / "processes.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pbbench"
 SETTINGS = {"config", "settings", "sweep_settings", "variants"}
-BASE = SETTINGS | {"errors", "sizes", "records", "environment", "options"}
+BASE = SETTINGS | {"errors", "sizes", "records", "environment", "options", "processes"}
 MAY_IMPORT = {
     "errors": set(),
     "variants": set(),
@@ -18,12 +18,13 @@ MAY_IMPORT = {
     "sweep_settings": {"settings", "sizes", "variants"},
     "config": SETTINGS | {"errors"},
     "records": {"errors"},
-    "options": {"errors", "sizes"},
+    "processes": set(),
+    "options": {"errors", "sizes", "processes"},
     "environment": {"errors"},
     "model": {"errors", "config", "settings"},
     "memory": {"errors"},
-    "training": {"errors", "config", "settings", "records", "model"},
-    "quality": {"errors", "config", "records", "model"},
+    "training": {"errors", "config", "settings", "records", "processes", "model"},
+    "quality": {"errors", "config", "records", "processes", "model"},
     "report": {"errors", "records"},
     "sweep": BASE | {"model", "memory", "training", "quality", "report"},
     "checks": {"errors", "records", "quality"},
@@ -64,6 +65,7 @@ def test_imports_point_one_way(file):
         ("pbbench.report.compare", ("torch", "matplotlib")),
         ("pbbench.doctor", ("torch", "pandas")),
         ("pbbench.memory.allocator", ("torch", "numpy")),
+        ("pbbench.processes", ("torch",)),
         ("pbbench.memory.meter", ("pbbench.model", "pbbench.config", "accelerate", "diffusers", "torchvision")),
     ],
 )

@@ -16,7 +16,8 @@ from pbbench.errors import InputError
 
 
 class Images(Protocol):
-    """A sequence of uint8 C, H, W tensors of one size: ``training.data.ImageSet``, any such Dataset, or a list."""
+    """A sequence of uint8 C, H, W tensors of one size: ``training.data.ImageSet``, any such Dataset, or a list. A set that
+    holds only a process's share of its images states their (C, H, W) as ``image_shape``."""
 
     def __len__(self) -> int: ...
 
@@ -27,6 +28,9 @@ def image_shape(images: Images, name: str) -> tuple[int, int, int]:
     """(C, H, W) of the first image. Raises InputError where the set is empty or holds something else than uint8 images."""
     if len(images) == 0:
         raise InputError(f"the {name} are empty: there is no image to score")
+    stated: tuple[int, int, int] | None = getattr(images, "image_shape", None)
+    if stated is not None:
+        return stated
     image = images[0]
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
         kind = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
@@ -49,20 +53,24 @@ def check_pair(samples: Images, reference: Images, at_least: int = 1) -> tuple[i
     return shape
 
 
-def batches(images: Images, batch_size: int, name: str = "images") -> Iterator[Tensor]:
-    """Batches of uint8 N, C, H, W in order. Raises InputError, naming the index, where an image's size is another."""
+def batches(images: Images, batch_size: int, name: str = "images", share: range | None = None) -> Iterator[Tensor]:
+    """Batches of uint8 N, C, H, W in order, of the images numbered ``share`` (None: all). Raises InputError, naming the index,
+    where an image's size is another."""
     shape = image_shape(images, name)
+    share = range(len(images)) if share is None else share
+    if not share:
+        return
 
     def read(start: int) -> Tensor:
-        batch = [images[index] for index in range(start, min(start + batch_size, len(images)))]
+        batch = [images[index] for index in range(start, min(start + batch_size, share.stop))]
         for offset, image in enumerate(batch):
             if image.shape != shape:
                 raise InputError(f"image {start + offset} of the {name} is {_text(image.shape)}, the first is {_text(shape)}")
         return torch.stack(batch)  # N C H W
 
     with ThreadPoolExecutor(1) as ahead:
-        starts = range(0, len(images), batch_size)
-        following = ahead.submit(read, 0)
+        starts = share[::batch_size]
+        following = ahead.submit(read, share.start)
         for start in starts:
             batch = following.result()
             if start != starts[-1]:

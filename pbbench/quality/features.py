@@ -1,7 +1,8 @@
 """From images to features: an extractor run once over a set, on whole images and on patches of them, and the reference's
 features kept between scores.
 
-Images go from memory straight into the network; no file lies between sampling and scoring.
+Images go from memory straight into the network; no file lies between sampling and scoring. Several processes share them out by
+whole batches, the batches that one process would make, so that not even the rounding depends on their number.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pbbench.processes import Processes
 from pbbench.quality import patches
 from pbbench.quality.batches import Images, batches
 from pbbench.quality.cache import feature_key, load_features, store_features
 from pbbench.quality.weights import INCEPTION, Weights, build_inception, resolve_inception_weights
 
 Progress = Callable[[str, int, int], None]
-"""Called with (which set, images done, images in all)."""
+"""Called with (which set, images done, images in this process's share)."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,29 @@ def build_extractor(name: str, weights: Weights | None, device: torch.device | s
 
 @torch.no_grad()
 def extract(
-    extractor: Extractor, images: Images, name: str, cuts: Sequence[Cut], batch_size: int, progress: Progress | None
+    extractor: Extractor,
+    images: Images,
+    name: str,
+    cuts: Sequence[Cut],
+    batch_size: int,
+    progress: Progress | None,
+    processes: Processes,
 ) -> dict[str, Tensor]:
-    """Name of the cut → float32 rows × features on the CPU; each image is read once, whatever is cut from it. TF32 is off: it
-    would make the figure depend on the GPU's generation."""
-    found: dict[str, list[Tensor]] = {cut.name: [] for cut in cuts}
+    """Name of the cut → float32 rows × features on the CPU, in the first process; in the others there are none. Each image is
+    read once, whatever is cut from it. TF32 is off: it would make the figure depend on the GPU's generation."""
+    share = processes.share(len(images), batch_size)
+    found = {cut.name: [torch.empty(0, extractor.num_features)] for cut in cuts}
     done = 0
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        for batch in batches(images, batch_size, name) if cuts else ():
+        for batch in batches(images, batch_size, name, share) if cuts else ():
             for cut in cuts:
-                for part in cut.cut(batch, done).split(batch_size):
+                for part in cut.cut(batch, share.start + done).split(batch_size):
                     rgb = part.to(extractor.device).expand(-1, 3, -1, -1)  # N 3 H W: a grey image's channel three times
                     found[cut.name].append(extractor.network(rgb)[0].cpu())
             done += len(batch)
             if progress:
-                progress(name, done, len(images))
-    return {cut: torch.cat(parts) for cut, parts in found.items()}
+                progress(name, done, len(share))
+    return {cut: processes.gather(torch.cat(parts)) for cut, parts in found.items()}
 
 
 def extract_reference(
@@ -99,13 +108,16 @@ def extract_reference(
     batch_size: int,
     cache: Path | None,
     progress: Progress | None,
+    processes: Processes,
 ) -> dict[str, Tensor]:
-    """As ``extract``; with a ``cache`` folder only what it does not hold is computed, and then stored there."""
+    """As ``extract``; with a ``cache`` folder only what it does not hold is computed, and then stored there. The first process
+    alone reads and writes it, and the others compute with it what it lacks."""
+    cache = cache if processes.rank == 0 else None
     settings = {"extractor": extractor.identity, "device": extractor.device.type, "batch_size": batch_size}
     keys = {cut: feature_key(images, shape, {"cut": cut.name, **settings}) if cache else None for cut in cuts}
     kept = {cut: load_features(cache, key) if cache and key else None for cut, key in keys.items()}
-    absent = [cut for cut in cuts if kept[cut] is None]
-    found = extract(extractor, images, "reference images", absent, batch_size, progress)
+    absent = [cut for cut in cuts if processes.any_of_all(processes.rank == 0 and kept[cut] is None)]
+    found = extract(extractor, images, "reference images", absent, batch_size, progress, processes)
     for cut in absent:
         if cache and (key := keys[cut]):
             with contextlib.suppress(OSError):  # a full disk costs the next score time, not this one its figures

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pbbench.errors import InputError
+from pbbench.processes import Processes
 from pbbench.quality.batches import Images, check_pair
 from pbbench.quality.features import WHOLE, Extractor, Progress, build_extractor, extract, extract_reference, patch_cut
 from pbbench.quality.intervals import FEWEST, TOO_FEW, frechet_left_out, interval, kernel_left_out, random_groups
@@ -58,6 +59,7 @@ def score(
     seed: int = 0,
     cache: Path | None = None,
     progress: Progress | None = None,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
 ) -> dict[str, Any]:
     """Compare two sets of uint8 C, H, W images (C = 3, or 1, which is repeated) of one size.
 
@@ -65,7 +67,8 @@ def score(
     ``precision`` and ``recall`` where asked for, and beside them ``extractor``, ``num_images``, ``num_reference_images``,
     ``seed`` (of KID's subsets and the intervals' groups), ``kid_subset_size`` (clipped to the smaller set), ``num_patches``
     and ``patches`` (how they were cut), ``reasons`` (name → why it is None) and ``notes`` (for the reader). ``weights`` None:
-    they are resolved. ``cache`` is a folder that keeps the reference's features. Raises InputError for sets that cannot be
+    they are resolved. ``cache`` is a folder that keeps the reference's features. ``processes``: they share the images out and
+    all call this with the same; the first returns the figures, the others {}. Raises InputError for sets that cannot be
     compared, unknown metrics, and weights that are absent or foreign.
     """
     unknown = [metric for metric in metrics if metric not in METRICS]
@@ -80,8 +83,10 @@ def score(
     patches = patch_cut(*shape[1:]) if min(patch_size(*shape[1:])) >= SMALLEST else None
     cuts = [WHOLE] if set(metrics) - {"patch"} else []
     cuts += [patches] if patches and "patch" in metrics else []
-    of_samples = extract(built, samples, "samples", cuts, batch_size, progress)
-    of_reference = extract_reference(built, reference, shape, cuts, batch_size, cache, progress)
+    of_samples = extract(built, samples, "samples", cuts, batch_size, progress, processes)
+    of_reference = extract_reference(built, reference, shape, cuts, batch_size, cache, progress, processes)
+    if processes.rank > 0:
+        return {}
 
     found = Found(random_groups(len(samples), seed))
     if WHOLE in cuts:

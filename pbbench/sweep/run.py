@@ -8,7 +8,6 @@ imports no torch and touches no GPU. What is shown while it runs is a listener's
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import threading
@@ -21,6 +20,7 @@ from typing import Literal, NamedTuple, TypeVar
 from pbbench import environment as environments
 from pbbench.config import Experiment
 from pbbench.errors import InputError
+from pbbench.processes import world_size
 from pbbench.records import CellResult, write_cell
 from pbbench.sweep import folder, local, slurm
 from pbbench.sweep.fit import beyond_memory
@@ -76,7 +76,7 @@ def run_sweep(
     the folder, the settings or the machine do not fit, and StorageError where the disk is full; KeyboardInterrupt (Ctrl-C, or
     SIGTERM) passes through after the running cells are stopped. After each of these the sweep can be resumed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise InputError("a sweep starts its own processes, one per GPU: run it without torchrun or accelerate launch")
     if executor == "slurm" and shard is not None:
         raise InputError("--shard is for schedulers other than Slurm; --executor slurm hands out every cell by itself")

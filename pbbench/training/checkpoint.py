@@ -28,6 +28,7 @@ from pbbench import __version__
 from pbbench.config import Experiment, parse_experiment
 from pbbench.errors import InputError, one_line, writing_to
 from pbbench.model.unet import PatchUNet
+from pbbench.processes import is_main_process
 
 FORMAT = "pbbench-checkpoint"
 SCHEMA_VERSION = 1
@@ -116,7 +117,7 @@ def last_good(out: Path) -> Path | None:
         why = what_is_broken(path)
         if why is None:
             return path
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             print(f"pbbench: {why}; looking for an earlier one", file=sys.stderr)
     if found:
         raise InputError(f"none of the checkpoints in {out / 'checkpoints'} is whole; move them away to begin again")

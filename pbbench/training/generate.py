@@ -21,7 +21,7 @@ from pbbench.errors import InputError, writing_to
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.sampling import sample, to_uint8
 from pbbench.model.unet import PatchUNet
-from pbbench.training.processes import Processes, joined_processes
+from pbbench.processes import joined_processes
 
 
 def generate(
@@ -43,17 +43,21 @@ def draw(
     num_images: int,
     device: torch.device,
     *,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    wanted: range | None = None,
     progress: Callable[[dict[str, Any]], None] = lambda state: None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """This process's share of the images 0 … num_images − 1, as (index, uint8 tensor of C, H, W on the CPU)."""
-    batches = list(range(0, num_images, config.batch_size))[processes.rank :: processes.count]
-    shares = [range(first, min(first + config.batch_size, num_images)) for first in batches]
-    total, done = sum(map(len, shares)), 0
+    """The images ``wanted`` (None: all) of 0 … num_images − 1, as (index, uint8 tensor of C, H, W on the CPU). The batches that
+    hold them are drawn whole."""
+    wanted, size = range(num_images) if wanted is None else wanted, config.batch_size
+    first = wanted.start // size * size if wanted else num_images
+    batches = [range(start, min(start + size, num_images)) for start in range(first, wanted.stop, size)]
+    total, done = sum(map(len, batches)), 0
     started = time.perf_counter()
-    for indices in shares:
+    for indices in batches:
         x = sample(model, diffusion, config, indices, device=device)  # N, C, H, W
-        yield from zip(indices, to_uint8(x, config.to_uint8).cpu().unbind(), strict=True)
+        for index, image in zip(indices, to_uint8(x, config.to_uint8).cpu().unbind(), strict=True):
+            if index in wanted:
+                yield index, image
         done += len(indices)
         rate = done / (time.perf_counter() - started)
         progress({"step": done, "num_steps": total, "images_per_second": rate, "seconds_left": (total - done) / rate})
@@ -98,7 +102,8 @@ def sample_to_folder(
             def told(state: dict[str, Any]) -> None:
                 bar.update(task, completed=state["step"], total=state["num_steps"])
 
-            images = draw(model, diffusion, experiment.sampling, num_images, device, processes=processes, progress=told)
+            wanted = processes.share(num_images, experiment.sampling.batch_size)
+            images = draw(model, diffusion, experiment.sampling, num_images, device, wanted=wanted, progress=told)
             for index, image in images:
                 save_png(image, out / f"{index:06}.png")
         processes.wait_for_all()

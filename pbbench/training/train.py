@@ -27,6 +27,7 @@ from pbbench.errors import InputError, writing_to
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.patching import row_chunks, split
 from pbbench.model.unet import PatchUNet
+from pbbench.processes import failing_in_turn
 from pbbench.records import write_text
 from pbbench.settings import resolve_patch_batch_size
 from pbbench.training import checkpoint as checkpoints
@@ -125,7 +126,8 @@ def train(
     accelerator = build_accelerator(experiment, experiment.device, out=out)
     stop = StopSignals()
     try:
-        result = _train(experiment, out, accelerator, resume, progress, show_bar, stop)
+        with failing_in_turn():
+            result = _train(experiment, out, accelerator, resume, progress, show_bar, stop)
     finally:
         # gloo sometimes aborts at exit unless DDP's object is gone before the process group is.
         accelerator.free_memory()
