@@ -148,10 +148,10 @@ def telling_a_failure() -> Iterator[bool]:
         yield first
     finally:
         store = _store()
-        if store is not None and first:
-            store.set(_key("told"), "yes")
-        elif store is not None:
-            with contextlib.suppress(RuntimeError):  # too late, or torchrun has ended
+        with contextlib.suppress(RuntimeError):  # too late, or torchrun has ended
+            if store is not None and first:
+                store.set(_key("told"), "yes")
+            elif store is not None:
                 store.wait([_key("told")], TOLD_WITHIN)
 
 
@@ -162,8 +162,10 @@ def _failed_first() -> bool:
 @cache
 def _claimed(key: str) -> bool:
     """True without torchrun's store to agree by: a line too many is better than none."""
-    store = _store()
-    return store is None or store.add(key, 1) == 1
+    with contextlib.suppress(RuntimeError):  # torchrun has ended
+        store = _store()
+        return store is None or store.add(key, 1) == 1
+    return True
 
 
 def _key(what: str) -> str:
