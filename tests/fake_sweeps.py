@@ -7,9 +7,11 @@ it ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -54,6 +56,38 @@ def experiment(**sweep: Any) -> Any:
     section = {"dividers": [1, 2, 4], "quality": False, "patch_batch_sizes": ["all"], **sweep}
     model = {"dim": 8, "dim_mults": [1, 2], "image_size": 16}
     return parse_experiment({"name": "fake", "device": "cpu", "model": model, "sweep": section}, "the test")
+
+
+def sweep(out: Path, listener: Any = None, **words: Any) -> Any:
+    """A sweep in this process; 12 cells unless ``settings`` are given."""
+    from pbbench.sweep.run import run_sweep
+
+    settings = words.pop("settings", None) or experiment(repeats=4)
+    words = {"resume": False, "any_environment": False, **words}
+    return run_sweep(settings, "cpu", out, listener=listener or Ears(), **words)
+
+
+def other_process(out: Path, shard: str, diary: Path, behaviour: str = "ok") -> subprocess.Popen[str]:
+    """The same sweep, or a shard of it, in a process of its own; it prints how it ended."""
+    words = [sys.executable, __file__, "sweep", str(out), shard, str(diary), behaviour]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def held_elsewhere(out: Path, byte: int) -> Any:
+    """Another process has locked a byte of the folder's lock file."""
+    lock = "f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX, 1, int(sys.argv[2]))"
+    code = f"import fcntl, sys; {lock}; print(flush=True); input()"
+    out.mkdir(exist_ok=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-S", "-c", code, str(out / ".lock"), str(byte)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        yield
+    finally:
+        holder.communicate(b"\n")
 
 
 def _worker(diary: Path, behaviour: str) -> None:

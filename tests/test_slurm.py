@@ -16,8 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_sweeps import ENVIRONMENT, Ears, command, experiment, read_diary
-from test_many_writers import held_elsewhere
+from fake_sweeps import ENVIRONMENT, Ears, command, experiment, held_elsewhere, read_diary
 
 from pbbench.errors import InputError
 from pbbench.records import CellResult, read_cells, write_cell
@@ -29,14 +28,11 @@ submitit = pytest.importorskip("submitit")
 
 
 @pytest.fixture
-def diary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "diary.jsonl"
-    monkeypatch.setattr(process, "COMMAND", command(path))
-    monkeypatch.setattr(run.environments, "probe", lambda device: ENVIRONMENT)
-    monkeypatch.setattr("pbbench.report.write_report", lambda out: (out / "report.html").write_text("drawn"))
+def diary(diary: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing waits long for Slurm."""
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(slurm, "GONE_SECONDS", 0.05)
-    return path
+    return diary
 
 
 def job_of(out: Path, number: int = 0, **more: Any) -> slurm.CellJob:
