@@ -96,9 +96,15 @@ def run_app(app: typer.Typer, words: list[str] | None = None) -> int:
         return 130
     except Exception as error:  # typer carries its own click, whose errors have no public base class
         message: Callable[[], str] | None = getattr(error, "format_message", None)
-        if message is None:
+        if message is not None:
+            return _complain(" ".join(message().split()))
+        from pbbench.memory.cuda import describe_out_of_memory
+
+        memory = describe_out_of_memory(error)
+        if memory is None:
             raise
-        return _complain(" ".join(message().split()))
+        remedy = "take fewer images or patches at once (batch_size, patch_batch_size), smaller images or a smaller model"
+        return _complain(f"out of memory ({memory['message'][:200]}); {remedy}")
     return int(code or 0)
 
 

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "config": {"errors", "variants"},
     "variants": set(),
     "records": {"errors"},
-    "options": {"errors"},
+    "options": {"errors", "memory"},
     "environment": {"errors"},
     "model": {"errors", "config"},
     "memory": {"errors"},

@@ -29,7 +29,8 @@ submitit = pytest.importorskip("submitit")
 
 @pytest.fixture
 def diary(diary: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing waits long for Slurm."""
+    """Slurm's programs seem to be there, and nothing waits long for them."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(slurm, "GONE_SECONDS", 0.05)
     return diary
@@ -313,6 +314,14 @@ def test_the_queue_is_read_in_one_call(tmp_path: Path, monkeypatch: pytest.Monke
 def test_without_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"submitit is not installed; pip install 'pbbench\[slurm\]'"):
+        sweep(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("absent", slurm.PROGRAMS)
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None if name == absent else f"/usr/bin/{name}")
+    with pytest.raises(InputError, match=f"{absent} not found here"):
         sweep(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
