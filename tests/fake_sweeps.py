@@ -97,10 +97,10 @@ def _worker(diary: Path, behaviour: str) -> None:
     def say(**event: Any) -> None:
         print(json.dumps(event), flush=True)
 
-    def note(what: str) -> None:
+    def note(what: str, pid: int = os.getpid()) -> None:
         line = {"cell": name, "what": what, "time": time.monotonic(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
         with diary.open("a") as file:  # one short write to a file opened for appending: lines do not mix
-            file.write(json.dumps(line | {"pid": os.getpid(), "sweep": os.getppid()}) + "\n")
+            file.write(json.dumps(line | {"pid": pid, "sweep": os.getppid()}) + "\n")
 
     note("began")
     if behaviour == "meets":  # until another sweep's cell runs, too: else whether they overlap would be chance
@@ -115,6 +115,9 @@ def _worker(diary: Path, behaviour: str) -> None:
         say(event="phase", phase="train")
     if behaviour == "ended by SIGTERM":
         os.kill(os.getpid(), signal.SIGTERM)
+    if behaviour == "hangs":  # as a process does that a driver holds, with a data-loading process of its own
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        note("child", subprocess.Popen(["sleep", "600"]).pid)
     if behaviour in ("hangs", "saves"):
         time.sleep(600)
     say(event="phase", phase="sample_step")

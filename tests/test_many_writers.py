@@ -70,8 +70,16 @@ def test_a_gpu_that_another_sweep_measures_on_is_waited_for(
     with local._GpuLock(place.uuid) as held:
         assert held.take()
         ended = run_cells(settings, plan(settings), "cpu", tmp_path, ears, [place])
-        monkeypatch.setattr(ears, "cell_event", lambda cell, event: held.give_back())  # the first note frees it
+
+        def free(cell: Any, event: dict[str, Any]) -> None:
+            if "measuring for another sweep" in event.get("text", ""):
+                assert not read_diary(diary)
+                ears.heard.append(("waited", cell.id))
+                held.give_back()
+
+        monkeypatch.setattr(ears, "cell_event", free)
         assert len(list(ended)) == 3
+        assert [what for what, _ in ears.heard].count("waited") == 1
         with local._GpuLock(place.uuid) as again:
             assert again.take()  # given back after the last cell
 

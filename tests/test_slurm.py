@@ -144,6 +144,15 @@ def test_a_job_that_is_queued_again_is_waited_for(tmp_path: Path, queue: Any) ->
     assert ("note", f"{first.id}: its job waits in the queue again") in ears.heard
 
 
+def test_a_result_that_shows_after_its_job_has_gone_is_waited_for(
+    tmp_path: Path, queue: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system may show the file late."""
+    queue("RUNNING", "gone", "gone", "runs")
+    monkeypatch.setattr(slurm, "GONE_SECONDS", 60)
+    assert sweep(tmp_path / "out") == (True, True)
+
+
 def test_a_job_that_cannot_go_on_ends_the_sweep_and_the_other_jobs(tmp_path: Path, queue: Any) -> None:
     fake = queue("RUNNING", "says")
     with pytest.raises(InputError, match="the disk is full"):
