@@ -95,12 +95,18 @@ def run_app(app: typer.Typer, words: list[str] | None = None) -> int:
         return 130
     except Exception as error:  # typer carries its own click, whose errors have no public base class
         message: Callable[[], str] | None = getattr(error, "format_message", None)
-        if message is None:
-            with telling_a_failure() as mine:
-                if mine:
-                    raise
-            return 1
-        return _complain(" ".join(message().split()))
+        if message is not None:
+            return _complain(" ".join(message().split()))
+        from pbbench.memory.cuda import describe_out_of_memory
+
+        memory = describe_out_of_memory(error)
+        if memory is not None:
+            remedy = "take fewer images or patches at once (batch_size, patch_batch_size), smaller images or a smaller model"
+            return _complain(f"out of memory ({memory['message'][:200]}); {remedy}")
+        with telling_a_failure() as mine:
+            if mine:
+                raise
+        return 1
     return int(code or 0)
 
 

@@ -43,6 +43,20 @@ def tiny_config() -> ModelConfig:
     return ModelConfig(dim=8, dim_mults=(1, 2), image_size=16, patch_divider=2)
 
 
+@pytest.fixture
+def diary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Cells are stand-ins that write here; the machine is not looked at; the report is not drawn."""
+    import fake_sweeps
+
+    from pbbench.sweep import process, run
+
+    path = tmp_path / "diary.jsonl"
+    monkeypatch.setattr(process, "COMMAND", fake_sweeps.command(path))
+    monkeypatch.setattr(run.environments, "probe", lambda device: fake_sweeps.ENVIRONMENT)
+    monkeypatch.setattr("pbbench.report.write_report", lambda out: (out / "report.html").write_text("drawn"))
+    return path
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     return Path(__file__).parent / "fixtures"

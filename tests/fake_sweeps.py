@@ -7,9 +7,11 @@ it ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -56,6 +58,38 @@ def experiment(**sweep: Any) -> Any:
     return parse_experiment({"name": "fake", "device": "cpu", "model": model, "sweep": section}, "the test")
 
 
+def sweep(out: Path, listener: Any = None, **words: Any) -> Any:
+    """A sweep in this process; 12 cells unless ``settings`` are given."""
+    from pbbench.sweep.run import run_sweep
+
+    settings = words.pop("settings", None) or experiment(repeats=4)
+    words = {"resume": False, "any_environment": False, **words}
+    return run_sweep(settings, "cpu", out, listener=listener or Ears(), **words)
+
+
+def other_process(out: Path, shard: str, diary: Path, behaviour: str = "ok") -> subprocess.Popen[str]:
+    """The same sweep, or a shard of it, in a process of its own; it prints how it ended."""
+    words = [sys.executable, __file__, "sweep", str(out), shard, str(diary), behaviour]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def held_elsewhere(out: Path, byte: int) -> Any:
+    """Another process has locked a byte of the folder's lock file."""
+    lock = "f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX, 1, int(sys.argv[2]))"
+    code = f"import fcntl, sys; {lock}; print(flush=True); input()"
+    out.mkdir(exist_ok=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-S", "-c", code, str(out / ".lock"), str(byte)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        yield
+    finally:
+        holder.communicate(b"\n")
+
+
 def _worker(diary: Path, behaviour: str) -> None:
     job = json.loads(sys.stdin.readline())
     name = job["cell"]["id"]
@@ -63,10 +97,10 @@ def _worker(diary: Path, behaviour: str) -> None:
     def say(**event: Any) -> None:
         print(json.dumps(event), flush=True)
 
-    def note(what: str) -> None:
+    def note(what: str, pid: int = os.getpid()) -> None:
         line = {"cell": name, "what": what, "time": time.monotonic(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
         with diary.open("a") as file:  # one short write to a file opened for appending: lines do not mix
-            file.write(json.dumps(line | {"pid": os.getpid(), "sweep": os.getppid()}) + "\n")
+            file.write(json.dumps(line | {"pid": pid, "sweep": os.getppid()}) + "\n")
 
     note("began")
     if behaviour == "meets":  # until another sweep's cell runs, too: else whether they overlap would be chance
@@ -81,6 +115,9 @@ def _worker(diary: Path, behaviour: str) -> None:
         say(event="phase", phase="train")
     if behaviour == "ended by SIGTERM":
         os.kill(os.getpid(), signal.SIGTERM)
+    if behaviour == "hangs":  # as a process does that a driver holds, with a data-loading process of its own
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        note("child", subprocess.Popen(["sleep", "600"]).pid)
     if behaviour in ("hangs", "saves"):
         time.sleep(600)
     say(event="phase", phase="sample_step")

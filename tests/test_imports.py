@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "config": SETTINGS | {"errors"},
     "records": {"errors"},
     "processes": set(),
-    "options": {"errors", "sizes", "processes"},
+    "options": {"errors", "sizes", "processes", "memory"},
     "environment": {"errors"},
     "model": {"errors", "config", "settings"},
     "memory": {"errors"},

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import fake_sweeps
 import pytest
-from fake_sweeps import ENVIRONMENT, Ears, command, experiment, read_diary
+from fake_sweeps import ENVIRONMENT, Ears, command, experiment, held_elsewhere, other_process, read_diary, sweep
 
 from pbbench.errors import InputError
 from pbbench.records import read_cells
@@ -21,23 +17,7 @@ from pbbench.sweep import folder, local, process, run
 from pbbench.sweep.grid import plan
 from pbbench.sweep.live import LiveView
 from pbbench.sweep.local import Place, places, run_cells
-from pbbench.sweep.run import Shard, run_sweep
-
-
-@pytest.fixture
-def diary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Cells are stand-ins that write here; the machine is not looked at; the report is not drawn."""
-    path = tmp_path / "diary.jsonl"
-    monkeypatch.setattr(process, "COMMAND", command(path))
-    monkeypatch.setattr(run.environments, "probe", lambda device: ENVIRONMENT)
-    monkeypatch.setattr("pbbench.report.write_report", lambda out: (out / "report.html").write_text("drawn"))
-    return path
-
-
-def sweep(out: Path, listener: Any = None, **words: Any) -> run.Ended:
-    settings = words.pop("settings", None) or experiment(repeats=4)
-    words = {"resume": False, "any_environment": False, **words}
-    return run_sweep(settings, "cpu", out, listener=listener or Ears(), **words)
+from pbbench.sweep.run import Shard
 
 
 def at_once(lines: list[dict[str, Any]], key: str | None = None) -> int:
@@ -52,28 +32,6 @@ def at_once(lines: list[dict[str, Any]], key: str | None = None) -> int:
 
 def gpus(*names: str) -> list[dict[str, str]]:
     return [{"name": name, "uuid": f"test-{os.getpid()}-{number}"} for number, name in enumerate(names)]
-
-
-def other_process(out: Path, shard: str, diary: Path, behaviour: str = "ok") -> subprocess.Popen[str]:
-    words = [sys.executable, fake_sweeps.__file__, "sweep", str(out), shard, str(diary), behaviour]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@contextlib.contextmanager
-def held_elsewhere(out: Path, byte: int) -> Any:
-    """Another process has locked a byte of the folder's lock file."""
-    lock = "f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX, 1, int(sys.argv[2]))"
-    code = f"import fcntl, sys; {lock}; print(flush=True); input()"
-    out.mkdir(exist_ok=True)
-    holder = subprocess.Popen(
-        [sys.executable, "-S", "-c", code, str(out / ".lock"), str(byte)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert holder.stdout is not None
-    holder.stdout.readline()
-    try:
-        yield
-    finally:
-        holder.communicate(b"\n")
 
 
 def test_on_a_cpu_cells_run_one_after_the_other(tmp_path: Path, diary: Path) -> None:
@@ -112,8 +70,16 @@ def test_a_gpu_that_another_sweep_measures_on_is_waited_for(
     with local._GpuLock(place.uuid) as held:
         assert held.take()
         ended = run_cells(settings, plan(settings), "cpu", tmp_path, ears, [place])
-        monkeypatch.setattr(ears, "cell_event", lambda cell, event: held.give_back())  # the first note frees it
+
+        def free(cell: Any, event: dict[str, Any]) -> None:
+            if "measuring for another sweep" in event.get("text", ""):
+                assert not read_diary(diary)
+                ears.heard.append(("waited", cell.id))
+                held.give_back()
+
+        monkeypatch.setattr(ears, "cell_event", free)
         assert len(list(ended)) == 3
+        assert [what for what, _ in ears.heard].count("waited") == 1
         with local._GpuLock(place.uuid) as again:
             assert again.take()  # given back after the last cell
 

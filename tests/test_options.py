@@ -52,6 +52,40 @@ def test_a_missing_value_is_told_with_an_example(words, capsys):
     assert "--dividers 1 2 4 8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 2.60 EiB\nfor an array"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
+    ],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    failing = typer.Typer(add_completion=False)
+
+    @failing.command()
+    def fail() -> None:
+        raise error
+
+    assert run_app(failing, []) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("pbbench: out of memory (")
+    assert "batch_size" in told
+    assert told.count("\n") == 1
+
+
+def test_a_mistake_of_the_programs_own_keeps_its_traceback():
+    failing = typer.Typer(add_completion=False)
+
+    @failing.command()
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_app(failing, [])
+
+
 @pytest.mark.parametrize("words", [["--unknown"], ["--flag=maybe"], ["word"]])
 def test_typers_own_complaints_are_one_line(words, capsys):
     assert run_app(app, words) == 2

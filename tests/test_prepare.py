@@ -308,6 +308,14 @@ def test_a_source_without_a_readable_image_leaves_nothing_behind(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
+def test_a_source_without_an_image_is_refused_before_anything_is_said(tmp_path):
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(InputError, match=r"empty\.zip holds no image"):
+        prepare(str(tmp_path / "empty.zip"), tmp_path / "out", SIZE, tell=lambda line: pytest.fail(line))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_that_went_away_does_not_make_a_set_of_broken_images(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "MOST_BROKEN_IN_A_ROW", 5)
     photos, out = tmp_path / "photos", tmp_path / "out"

@@ -16,8 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_sweeps import ENVIRONMENT, Ears, command, experiment, read_diary
-from test_many_writers import held_elsewhere
+from fake_sweeps import ENVIRONMENT, Ears, command, experiment, held_elsewhere, read_diary
 
 from pbbench.errors import InputError
 from pbbench.records import CellResult, read_cells, write_cell
@@ -29,14 +28,12 @@ submitit = pytest.importorskip("submitit")
 
 
 @pytest.fixture
-def diary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "diary.jsonl"
-    monkeypatch.setattr(process, "COMMAND", command(path))
-    monkeypatch.setattr(run.environments, "probe", lambda device: ENVIRONMENT)
-    monkeypatch.setattr("pbbench.report.write_report", lambda out: (out / "report.html").write_text("drawn"))
+def diary(diary: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's programs seem to be there, and nothing waits long for them."""
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(slurm, "GONE_SECONDS", 0.05)
-    return path
+    return diary
 
 
 def job_of(out: Path, number: int = 0, **more: Any) -> slurm.CellJob:
@@ -145,6 +142,15 @@ def test_a_job_that_is_queued_again_is_waited_for(tmp_path: Path, queue: Any) ->
     assert sweep(tmp_path / "out", ears).fine
     first = plan(experiment())[0]
     assert ("note", f"{first.id}: its job waits in the queue again") in ears.heard
+
+
+def test_a_result_that_shows_after_its_job_has_gone_is_waited_for(
+    tmp_path: Path, queue: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system may show the file late."""
+    queue("RUNNING", "gone", "gone", "runs")
+    monkeypatch.setattr(slurm, "GONE_SECONDS", 60)
+    assert sweep(tmp_path / "out") == (True, True)
 
 
 def test_a_job_that_cannot_go_on_ends_the_sweep_and_the_other_jobs(tmp_path: Path, queue: Any) -> None:
@@ -317,6 +323,14 @@ def test_the_queue_is_read_in_one_call(tmp_path: Path, monkeypatch: pytest.Monke
 def test_without_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"submitit is not installed; pip install 'pbbench\[slurm\]'"):
+        sweep(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("absent", slurm.PROGRAMS)
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None if name == absent else f"/usr/bin/{name}")
+    with pytest.raises(InputError, match=f"{absent} not found here"):
         sweep(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -121,6 +121,22 @@ def test_checkpoints_for_a_divider_that_is_not_swept_are_refused():
         plan(tiny(sweep={"checkpoints": {"8": "somewhere"}}))
 
 
+def test_what_quality_cells_will_need_is_looked_at_before_anything_runs(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_text("damaged")
+    broken = tiny(data={"source": str(tmp_path)})
+    with pytest.raises(InputError, match=r"holds no readable image \(\d\.png: not a JPEG, PNG or WebP image\)"):
+        plan(broken)
+    plan(broken.model_copy(update={"sweep": broken.sweep.model_copy(update={"quality": False})}))
+    Image.new("RGB", (16, 16)).save(tmp_path / "good.png")
+    plan(broken)
+    half = tmp_path / "half" / "checkpoints" / ".step-00000003.unfinished-1"
+    half.mkdir(parents=True)
+    (half / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"checkpoints.1: .*half is not a folder that pbbench train or convert wrote"):
+        plan(tiny(sweep={"checkpoints": {"1": str(tmp_path / "half")}}))
+
+
 def test_a_sweep_leaves_results_for_every_divider_and_a_report(finished):
     out, done = finished
     cells = read_cells(out)

@@ -22,6 +22,8 @@ from pbbench.variants import slug
 
 UNLIMITED = 10**9
 """Optimizer steps of a training that ends by the clock."""
+FIRST_IMAGES = 64
+"""Of a set's images, looked at before a sweep starts until one can be read."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,25 @@ def _check_sources(experiment: Experiment) -> None:
         source = open_source(experiment.data.source)
         if isinstance(source, Prepared):
             source.check_size(experiment.model.size)
+        else:
+            _check_readable(source, experiment.model.size)
     for divider, folder in experiment.sweep.checkpoints.items():
-        if not ((Path(folder) / "config.json").is_file() or (Path(folder) / "checkpoints").is_dir()):
+        if not ((Path(folder) / "config.json").is_file() or any(Path(folder).glob("checkpoints/step-*/config.json"))):
             raise InputError(f"sweep.checkpoints.{divider}: {folder} is not a folder that pbbench train or convert wrote")
     weights = experiment.quality.inception_weights
     if weights is not None and not Path(weights).is_file():
         raise InputError(f"quality.inception_weights: there is no file {weights}")
+
+
+def _check_readable(source: Any, size: tuple[int, int]) -> None:
+    """Raises InputError where none of a source's first images can be decoded: in the order of a hash, they stand for all."""
+    from pbbench.training.decode import decode
+    from pbbench.training.entries import Unreadable, attempt, read_bytes
+
+    told = "there is no jpg, jpeg, png or webp file in it"
+    for entry in source.entries[:FIRST_IMAGES]:
+        outcome = attempt(lambda entry: decode(read_bytes(source, entry), size), entry)
+        if not isinstance(outcome, Unreadable):
+            return
+        told = f"{outcome.name}: {outcome.reason}"
+    raise InputError(f"data.source: {source.name} holds no readable image ({told}); give a folder or a zip of images")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from pbbench.sweep.rows import base_row
 
 CLUSTER = "slurm"
 """submitit's name of the scheduler; the tests put "local" here, which starts the same jobs as processes."""
+PROGRAMS = ("sbatch", "srun", "squeue")
 POLL_SECONDS = 5.0
 GONE_SECONDS = 60.0
 """A job that has left the queue without a result is given up after so long: a network file system may show files late."""
@@ -43,6 +45,11 @@ SIGNAL_SECONDS = 90
 def check_installed() -> None:
     if importlib.util.find_spec("submitit") is None:
         raise InputError("--executor slurm: submitit is not installed; pip install 'pbbench[slurm]'")
+    absent = [name for name in PROGRAMS if CLUSTER == "slurm" and shutil.which(name) is None]
+    if absent:
+        raise InputError(
+            f"--executor slurm: {', '.join(absent)} not found here; run it where jobs are submitted, or use --shard"
+        )
 
 
 @dataclass

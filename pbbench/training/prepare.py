@@ -111,6 +111,8 @@ def prepare(
         opened = open_source(source)
         if isinstance(opened, Prepared):
             raise InputError(f"{printable(source)} is prepared already; give what it was made from: {opened.source_name}")
+        if not opened.entries and not opened.refused:
+            raise InputError(f"{printable(source)} holds no image (jpg, jpeg, png, webp); give a folder or a zip of images")
         reader = _Files(opened, size, threads)
     bytes_per_image = 3 * size[0] * size[1]
     wanted = min(reader.length, num_images or reader.length)

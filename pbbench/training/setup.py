@@ -65,6 +65,17 @@ def build_accelerator(experiment: Experiment, device: str | torch.device = "auto
     return accelerator
 
 
+def settle_gradient_buckets(model: nn.Module, experiment: Experiment, device: torch.device) -> None:
+    """One backward pass of one black patch whose gradients are thrown away; ``model`` is wrapped by DDP.
+
+    DDP orders the gradients it exchanges anew after its first backward, and among more than two processes their place decides
+    in which order they are added up. Were that a training step, a resumed run would round its own first one differently.
+    """
+    x_t = torch.zeros(1, experiment.model.channels, *experiment.model.size, device=device)  # 1 C H W
+    model(x_t, torch.zeros(1, dtype=torch.int64, device=device), rows=slice(0, 1)).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
 def draw_noise(
     seed: int, first: int, count: int, shape: tuple[int, ...], num_train_timesteps: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,14 @@ from pbbench.training.grid import save_sample_grid
 from pbbench.training.heldout import training_and_held_out
 from pbbench.training.loader import training_loader
 from pbbench.training.progress import Progress, StopSignals
-from pbbench.training.setup import build_accelerator, build_network, build_optimizer, check_folder, draw_noise
+from pbbench.training.setup import (
+    build_accelerator,
+    build_network,
+    build_optimizer,
+    check_folder,
+    draw_noise,
+    settle_gradient_buckets,
+)
 
 SETTLE_EVERY = 10
 """Steps between two looks at the loss on a GPU, each of which waits for it; on a CPU every step is looked at."""
@@ -305,5 +312,7 @@ def _start(experiment: Experiment, out: Path, accelerator: Any, images: ImageSet
     ema = ExponentialMovingAverage(bare, experiment.training)
     adam = build_optimizer(bare, experiment.training)
     model, optimizer = accelerator.prepare(bare, adam)
+    if accelerator.num_processes > 1:
+        settle_gradient_buckets(model, experiment, accelerator.device)
     diffusion = Diffusion(experiment.diffusion, accelerator.device)
     return _Run(experiment, out, accelerator, diffusion, bare, model, adam, optimizer, ema, images.fingerprint())
