@@ -43,6 +43,16 @@ def tiny_config() -> ModelConfig:
     return ModelConfig(dim=8, dim_mults=(1, 2), image_size=16, patch_divider=2)
 
 
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest experiment with every part, as a file for the command line."""
+    from command_line import TINY
+
+    path = tmp_path_factory.mktemp("experiment") / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
 @pytest.fixture
 def diary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Cells are stand-ins that write here; the machine is not looked at; the report is not drawn."""

@@ -1,39 +1,14 @@
 """The commands as a user runs them, end to end; bad input is one line on stderr, exit code 2, and nothing written over."""
 
 import json
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
+from command_line import pbbench
 from PIL import Image
 
 from pbbench.training.synthetic import scenes
-
-TINY = """
-name = "tiny"
-device = "cpu"
-[model]
-dim = 8
-dim_mults = [1, 2]
-image_size = 16
-patch_divider = 2
-[training]
-batch_size = 2
-num_steps = 3
-sample_every = 0
-[sampling]
-sampler = "ddim"
-num_inference_steps = 2
-[data]
-num_images = 40
-"""
-
-
-def pbbench(*words, env=None):
-    command = [sys.executable, "-m", "pbbench.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def one_line(done, *told):
@@ -42,13 +17,6 @@ def one_line(done, *told):
     assert done.stdout == ""
     for text in told:
         assert text in done.stderr
-
-
-@pytest.fixture(scope="module")
-def tiny_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("experiment") / "tiny.toml"
-    path.write_text(TINY)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import TINY, command, pbbench
 from PIL import Image
 
 from pbbench.config import load_experiment, parse_experiment
@@ -18,31 +19,6 @@ from pbbench.records import CATEGORIES, read_cells
 from pbbench.sweep.grid import plan
 from pbbench.sweep.local import run_cell
 from pbbench.sweep.run import run_sweep
-
-TINY = """
-name = "tiny"
-device = "cpu"
-[model]
-dim = 8
-dim_mults = [1, 2]
-image_size = 16
-[training]
-batch_size = 2
-num_steps = 4
-ema_start_step = 1
-sample_every = 0
-[sampling]
-sampler = "ddim"
-num_inference_steps = 2
-[data]
-num_images = 60
-[quality]
-num_images = 16
-save_samples = true
-[sweep]
-dividers = [1, 2]
-measured_steps = 2
-"""
 
 
 class Deaf:
@@ -65,21 +41,6 @@ def tiny(**sections):
 
 def cell_of(experiment, kind="measure"):
     return next(cell for cell in plan(experiment) if cell.kind == kind)
-
-
-@pytest.fixture(scope="module")
-def tiny_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("experiment") / "tiny.toml"
-    path.write_text(TINY)
-    return path
-
-
-def command(*words):
-    return [sys.executable, "-m", "pbbench.cli", *map(str, words)]
-
-
-def pbbench(*words, **kwargs):
-    return subprocess.run(command(*words), capture_output=True, text=True, check=False, **kwargs)
 
 
 @pytest.fixture(scope="module")

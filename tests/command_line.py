@@ -1,0 +1,40 @@
+"""pbbench as a user runs it, in a process of its own, and the smallest experiment that has every part."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+TINY = """
+name = "tiny"
+device = "cpu"
+[model]
+dim = 8
+dim_mults = [1, 2]
+image_size = 16
+[training]
+batch_size = 2
+num_steps = 4
+ema_start_step = 1
+sample_every = 0
+[sampling]
+sampler = "ddim"
+num_inference_steps = 2
+[data]
+num_images = 60
+[quality]
+num_images = 16
+save_samples = true
+[sweep]
+dividers = [1, 2]
+measured_steps = 2
+"""
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "pbbench.cli", *map(str, words)]
+
+
+def pbbench(*words: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*words), capture_output=True, text=True, check=False, **more)
