@@ -284,39 +284,40 @@ def test_a_worker_outlives_the_signal_that_warns_its_job() -> None:
         worker.communicate()
 
 
-def test_slurm_is_asked_for_what_the_experiment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stand-ins for Slurm's programs, as shell scripts that come first on the path."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    (tmp_path / "bin").mkdir()
+
+    def write(name: str, script: str) -> None:
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    return write
+
+
+def test_slurm_is_asked_for_what_the_experiment_says(tmp_path: Path, program: Any) -> None:
+    """In the very file that submitit gives to sbatch."""
     settings = experiment()
     section = {"partition": "gpu", "minutes_per_cell": 90, "memory_gib": 64, "cpus_per_cell": 8, "extra": {"qos": "low"}}
     settings = settings.model_copy(update={"slurm": settings.slurm.model_copy(update=section)})
-
-    class Executor:
-        def __init__(self, where: Path, cluster: str) -> None:
-            asked.update(where=where, cluster=cluster)
-
-        def update_parameters(self, **words: Any) -> None:
-            asked.update(words)
-
-        def submit_array(self, jobs: list[Any]) -> list[Any]:
-            raise submitit.core.utils.FailedJobError("sbatch failed\nsbatch: error: invalid partition specified: gpu")
-
-    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    jobs = [replace(job_of(tmp_path, number), device="cuda") for number in range(3)]
+    program("srun", "exit 1")
+    program("sbatch", "echo 'sbatch: error: invalid partition specified: gpu' >&2; exit 1")
     with pytest.raises(InputError, match=r"refused the cells \(sbatch: error: invalid partition specified: gpu\)"):
-        slurm._submit(settings, [replace(job_of(tmp_path), device="cuda")], tmp_path)
-    assert asked["timeout_min"] == 90
-    assert (asked["mem_gb"], asked["cpus_per_task"], asked["gpus_per_node"]) == (64, 8, 1)
-    assert (asked["slurm_partition"], asked["slurm_array_parallelism"]) == ("gpu", 64)
-    assert asked["slurm_additional_parameters"] == {"qos": "low"}
-    assert asked["cluster"] == "slurm"
+        slurm._submit(settings, jobs, tmp_path)
+    program("sbatch", "cp $1 $(dirname $0)/asked; echo Submitted batch job 7")
+    assert [job.job_id for job in slurm._submit(settings, jobs, tmp_path)] == ["7_0", "7_1", "7_2"]
+    asked = set(re.findall(r"^#SBATCH --(\S+)", (tmp_path / "bin/asked").read_text(), re.MULTILINE))
+    assert asked >= {"array=0-2%3", "gpus-per-node=1", "nodes=1", "partition=gpu", "time=90", "mem=64GB", "cpus-per-task=8"}
+    assert asked >= {"qos=low", "requeue", "signal=USR2@90", "job-name=pbbench-fake"}
 
 
-def test_the_queue_is_read_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "squeue"
-    program.write_text("#!/bin/sh\necho '7_0 RUNNING'\necho '7_1 PENDING'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+def test_the_queue_is_read_in_one_call(program: Any) -> None:
+    program("squeue", "echo '7_0 RUNNING'; echo '7_1 PENDING'")
     assert slurm._queue([]) == {"7_0": "RUNNING", "7_1": "PENDING"}
-    program.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    program("squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
     assert slurm._queue([]) is None  # unknown is not gone: the sweep goes on waiting
 
 

@@ -169,10 +169,10 @@ def _submit(experiment: Experiment, jobs: list[CellJob], out: Path) -> list[Any]
         "gpus_per_node": 0 if jobs[0].device == "cpu" else 1,
         "slurm_signal_delay_s": SIGNAL_SECONDS,
         "slurm_array_parallelism": settings.max_parallel,
+        "slurm_additional_parameters": {"requeue": True, **settings.extra},  # not every cluster's default
     }
     options |= {"slurm_partition": settings.partition} if settings.partition else {}
     options |= {"mem_gb": settings.memory_gib} if settings.memory_gib else {}
-    options |= {"slurm_additional_parameters": settings.extra} if settings.extra else {}
     executor.update_parameters(**options)
     try:
         return executor.submit_array(jobs)
