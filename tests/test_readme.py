@@ -43,5 +43,5 @@ def test_the_columns_it_names_exist():
 
 def test_ci_runs_the_readmes_own_test_line():
     line = README.partition("<!-- test line -->")[2].partition("```sh\n")[2].splitlines()[0]
-    assert line.endswith("-m pytest -q")
+    assert line.endswith("-m pytest -q -n 2 --dist loadfile")
     assert "<!-- test line -->" in (ROOT / ".ci" / "run").read_text()
