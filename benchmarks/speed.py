@@ -3,10 +3,14 @@
     python benchmarks/speed.py [--dim 32] [--image-size 64 128] [--batch-size 4] [--dividers 1 2 4 8] [--seconds 150]
     python benchmarks/speed.py --dim 128 --image-size 128 --batch-size 8 1 --dividers 4 --out results/speed/paper
 
-All variants are built first and then take turns, one step each, round after round, so that a machine that slows down slows
-all of them; the first round warms up and is not counted. **Only ratios mean something**: medians are held against the same
-divider with all patches in one pass, against the plain version of that pass (``tests/plain_unet.py``: the same network
+All variants of a step are built first and then take turns, one step each, round after round, so that a machine that slows
+down slows all of them; the first round warms up and is not counted. **Only ratios mean something**: medians are held against
+the same divider with all patches in one pass, against the plain version of that pass (``tests/plain_unet.py``: the same network
 written without any savings) and against d = 1. Every variant's weights and Adam's state exist at once.
+
+Sampling and training are timed in a process each, as they are run. On a CPU what a process has allocated before decides how
+quickly it gets memory: the C library maps blocks above 32 MiB afresh, page by page, unless freed ones lie at hand. Stacked
+passes feel it most; with MALLOC_MMAP_MAX_=0 in the environment nothing is mapped afresh.
 
 Writes speed.csv (every variant's median, quartiles and ratios), speed.md and environment.json.
 """
@@ -19,8 +23,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +253,11 @@ def main(words: Sequence[str] | None = None) -> None:
     chosen = [variant for variant in every if variant["step"] in asked.steps]
     if not chosen:
         parser.error("no image size divides by any of the dividers")
-    rows = measure(chosen, device, asked.seconds)
+    rows: list[Row] = []
+    for step in asked.steps:
+        own = [variant for variant in chosen if variant["step"] == step]
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            rows += process.submit(measure, own, device, asked.seconds / len(asked.steps)).result()
     asked.out.mkdir(parents=True, exist_ok=True)
     write_csv(asked.out / "speed.csv", rows)
     name = machine["gpu"] or f"{machine['cpu']}, {machine['cpu_threads']} threads"
