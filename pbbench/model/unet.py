@@ -142,8 +142,7 @@ class PatchUNet(nn.Module):
         # What does not depend on the chunk is computed once: N small images, N and d² embeddings.
         content = global_content(x_t, d) if self.config.global_content else None  # N C h w
         when = self.embedding.when(t)  # N × 4·dim
-        everywhere = patch_position(slice(0, d * d), 1, d, device, x_t.dtype)  # d² × d²
-        where = self.embedding.where(everywhere)  # d² × 4·dim
+        where = self.embedding.where(patch_position(slice(0, d * d), 1, d, device, x_t.dtype))  # d² × 4·dim
         chunks = row_chunks(N * d * d, patch_batch_size)
         passes = (
             self._denoise(x_t, content, chunk, when[row_images(chunk, N, device)] + where[row_patches(chunk, N, device)])
