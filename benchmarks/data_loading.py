@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pbbench import environment
+from pbbench.records import environment
 
 SIZE = (128, 128)
 BATCH = 32
@@ -42,7 +42,7 @@ def save(path: Path, container: str, kind: str, size: tuple[int, int], num_image
     import lmdb
     from PIL import Image
 
-    from pbbench.training.synthetic import scene
+    from pbbench.data.synthetic import scene
 
     def encoded(number: int) -> bytes:
         file = io.BytesIO()
@@ -65,8 +65,8 @@ def save(path: Path, container: str, kind: str, size: tuple[int, int], num_image
 
 def images_per_second(path: Path, num_images: int) -> float:
     """An epoch of the training loader, or as many as fill a moment, after a first batch that opens files and fills caches."""
-    from pbbench.config import parse_experiment
-    from pbbench.training.data import open_images, training_loader
+    from pbbench.data.images import open_images, training_loader
+    from pbbench.experiment.experiment import parse_experiment
 
     settings = {"model": {"image_size": SIZE[0]}, "training": {"batch_size": BATCH}, "data": {"num_workers": 0}}
     loader = training_loader(open_images(str(path), SIZE, memory_limit_bytes=0), parse_experiment(settings, "benchmark"))
@@ -79,7 +79,7 @@ def images_per_second(path: Path, num_images: int) -> float:
 
 
 def measure(name: str, folder: Path, num_images: int) -> dict[str, Any]:
-    from pbbench.training.prepare import prepare
+    from pbbench.data.prepare import prepare
 
     container, kind, size = SOURCES[name]
     raw, packed = folder / f"raw.{container}", folder / "packed"

@@ -107,7 +107,7 @@ def save_figure(rows: Sequence[Row], out: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    from pbbench.report.style import FILLS, FULL_WIDTH, new_figure, rendered, styled
+    from pbbench.report.figures.style import FILLS, FULL_WIDTH, new_figure, rendered, styled
 
     names = {"weights": "parameter", "gradients": "gradient", "optimizer": "optimizer", "activations": "activation"}
     found = {key[1:]: row for key, row in _index(rows, "train").items() if key[0] == 128}

@@ -2,7 +2,7 @@
 
     python benchmarks/memory_table.py [--out results/memory]
 
-pbbench's steps are traced on fake tensors (``pbbench.sweep.forecast``), so no GPU is needed and nothing is computed; beside
+pbbench's steps are traced on fake tensors (``sweep.planning.forecast``), so no GPU is needed and nothing is computed; beside
 them stand the figures of the released code (``reference_memory.json``, see README.md), counted in the same way. Neither
 holds an average of the weights: the trace has one in training, and its bytes are taken off here.
 
@@ -26,8 +26,8 @@ from typing import Any
 
 import memory_rule
 import rivals
-from pbbench import environment
-from pbbench.config import Experiment, parse_experiment
+from pbbench.experiment.experiment import Experiment, parse_experiment
+from pbbench.records import environment
 from pbbench.sweep.grid import plan
 
 SIZES, BATCHES, DIVIDERS = (128, 256, 512, 1024), (1, 8, 32), (1, 2, 4, 8)
@@ -58,7 +58,7 @@ def cells(sizes: Sequence[int] = SIZES, batches: Sequence[int] = BATCHES, divide
 
 def rows_of(key: tuple[int, int, int, str]) -> list[Row]:
     """A cell's two rows, sample and train, in bytes. Parts sum to the peak; activations include the inputs."""
-    from pbbench.sweep.forecast import forecast
+    from pbbench.sweep.planning.forecast import forecast
 
     size, batch, d, passes = key
     sweep = {"dividers": [d], "batch_sizes": [batch], "patch_batch_sizes": [passes], "quality": False}

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pbbench import environment, memory
-from pbbench.records import write_json, write_text
+from pbbench import memory
+from pbbench.records import environment
+from pbbench.records.files import write_json, write_text
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 FEWEST_ROUNDS = 5

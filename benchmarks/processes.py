@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pbbench import environment
+from pbbench.records import environment
 
 COUNTS = (1, 2)
 BATCH = 8
@@ -44,10 +44,10 @@ def prepare(folder: Path, num_images: int) -> None:
     import torch
     from PIL import Image
 
-    from pbbench.config import parse_experiment
+    from pbbench.data.synthetic import scenes
+    from pbbench.experiment.experiment import parse_experiment
     from pbbench.training.checkpoint import write_checkpoint
     from pbbench.training.setup import build_network
-    from pbbench.training.synthetic import scenes
 
     torch.set_num_threads(1)
     experiment = parse_experiment(SETTINGS, "benchmark")
@@ -66,7 +66,7 @@ def job(folder: Path, num_images: int) -> None:
     from pbbench.model.diffusion import Diffusion
     from pbbench.processes import joined_processes
     from pbbench.quality.fid import score
-    from pbbench.sweep.image_sets import open_set
+    from pbbench.quality.image_sets import open_set
     from pbbench.training.checkpoint import load_model
     from pbbench.training.generate import draw, save_png
 

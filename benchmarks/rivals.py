@@ -21,8 +21,8 @@ def step(d: int, batch: int, *, passes: str = "all", dim: int = DIM, recompute: 
     """The training step's peak in bytes, without an average of the weights."""
     import torch
 
-    from pbbench.memory.predict import predict
-    from pbbench.sweep.forecast import repeated_chunks_skipped
+    from pbbench.memory.prediction.fake import predict
+    from pbbench.sweep.planning.forecast import repeated_chunks_skipped
     from pbbench.sweep.workload import training_workload
 
     # From the second micro-batch on gradients lie beside the activations; more than two change nothing.

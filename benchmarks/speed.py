@@ -32,9 +32,9 @@ from typing import Any
 
 import memory_table
 from memory_table import STEPS, Row, write_csv
-from pbbench import environment
-from pbbench.config import parse_experiment
 from pbbench.errors import InputError
+from pbbench.experiment.experiment import parse_experiment
+from pbbench.records import environment
 from pbbench.sweep.grid import plan
 from rivals import RECOMPUTE
 

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes tha
 
 import pytest
 
-from pbbench.config import ModelConfig
+from pbbench.experiment.settings import ModelConfig
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,15 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from pbbench.config import DiffusionConfig, ModelConfig
+from pbbench.data.decode import decode
+from pbbench.data.images import load_image, to_x_start
+from pbbench.data.synthetic import scene
+from pbbench.experiment.settings import DiffusionConfig, ModelConfig
 from pbbench.model import diffusion as diffusion_module
 from pbbench.model import layers, patching, unet
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.patching import global_content, merge, row_chunks, split
 from pbbench.model.unet import PatchUNet
-from pbbench.training.data import load_image, to_x_start
-from pbbench.training.decode import decode
-from pbbench.training.synthetic import scene
 
 
 @pytest.fixture

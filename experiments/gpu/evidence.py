@@ -23,9 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pbbench import environment
 from pbbench.errors import InputError
-from pbbench.records import CellResult, read_cells, write_json, write_text
+from pbbench.records import environment
+from pbbench.records.cells import CellResult, read_cells
+from pbbench.records.files import write_json, write_text
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from pbbench.config import Experiment, load_experiment
 from pbbench.errors import one_line
-from pbbench.memory import snapshot
-from pbbench.memory.cuda import describe_out_of_memory
-from pbbench.records import write_json
-from pbbench.sweep.forecast import STEPS, forecast_step
+from pbbench.experiment.experiment import Experiment
+from pbbench.experiment.presets import load_experiment
+from pbbench.memory.allocator import snapshot
+from pbbench.memory.meters.cuda import describe_out_of_memory
+from pbbench.records.files import write_json
 from pbbench.sweep.grid import Cell, plan, resolve
+from pbbench.sweep.planning.forecast import STEPS, forecast_step
 from pbbench.sweep.workload import sampling_workload, training_workload
 
 BUILD = {"sample_step": sampling_workload, "train_step": training_workload}

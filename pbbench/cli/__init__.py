@@ -14,7 +14,7 @@ import typer
 from pbbench import __version__
 from pbbench.cli.measure import compare, doctor, predict, report, sweep
 from pbbench.cli.model import convert, fid, prepare, sample, train
-from pbbench.options import ManyValues, run_app
+from pbbench.cli.options import ManyValues, run_app
 
 app = typer.Typer(
     name="pbbench",

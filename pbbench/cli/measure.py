@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pbbench.cli.shared import (
+from pbbench.cli.options import memory_size, whole_numbers
+from pbbench.cli.overrides import (
     BatchSizes,
     Device,
     Dividers,
@@ -21,10 +22,9 @@ from pbbench.cli.shared import (
     divider_section,
     laid_over,
 )
-from pbbench.config import load_experiment
 from pbbench.errors import InputError
-from pbbench.options import memory_size, whole_numbers
-from pbbench.settings import PatchBatchSize
+from pbbench.experiment.presets import load_experiment
+from pbbench.experiment.settings import PatchBatchSize
 
 
 def sweep(
@@ -56,11 +56,11 @@ def sweep(
     """Measure memory, speed and quality of each patch divider, and write the report."""
     from rich.console import Console
 
-    from pbbench.environment import probe
+    from pbbench.records.environment import probe
     from pbbench.report import terminal_table
-    from pbbench.sweep.fit import fit_to_memory
     from pbbench.sweep.grid import plan
     from pbbench.sweep.live import LiveView
+    from pbbench.sweep.planning.fit import fit_to_memory
     from pbbench.sweep.run import Shard, run_sweep
 
     if executor not in ("local", "slurm"):
@@ -90,7 +90,7 @@ def sweep(
     settings = fit_to_memory(settings, found, run=out, tell=lambda line: console.print(line, highlight=False, markup=False))
     cells = plan(settings)
     if dry_run:
-        from pbbench.sweep.predictions import forecast_table
+        from pbbench.sweep.planning.predictions import forecast_table
 
         Console().print(forecast_table(settings, cells))
         return
@@ -148,11 +148,11 @@ def predict(
     """Peak memory of a CUDA run, predicted without a GPU (default: the paper's network)."""
     from rich.console import Console
 
-    from pbbench.sweep import predictions
-    from pbbench.sweep.calibration import UNCALIBRATED, calibrate
-    from pbbench.sweep.fit import fit_to_memory
-    from pbbench.sweep.forecast import forecast
     from pbbench.sweep.grid import plan
+    from pbbench.sweep.planning import predictions
+    from pbbench.sweep.planning.calibration import UNCALIBRATED, calibrate
+    from pbbench.sweep.planning.fit import fit_to_memory
+    from pbbench.sweep.planning.forecast import forecast
 
     axes = _axes(dividers, patch_batch_size, batch_size)
     preset = preset or (None if experiment else "gpu")
@@ -200,8 +200,8 @@ def compare(
     """Compare two sweeps cell by cell: memory, speed, quality."""
     from rich.console import Console
 
-    from pbbench.report.compare import compare as compare_runs
-    from pbbench.report.compare_text import to_json, to_page, to_terminal
+    from pbbench.report.compare.cells import compare as compare_runs
+    from pbbench.report.compare.printed import to_json, to_page, to_terminal
 
     if markdown and json_:
         raise InputError("--markdown and --json exclude each other")
@@ -222,7 +222,7 @@ def doctor(device: Device = None, json_: Json = False) -> None:
     """Say what this machine can measure and what not, and why; exit code 1 where a sweep cannot run."""
     from rich.console import Console
 
-    from pbbench.doctor import as_json, as_table, can_run, examine
+    from pbbench.doctor.examine import as_json, as_table, can_run, examine
 
     checks = examine(device or "auto")
     if json_:

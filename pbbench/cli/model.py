@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from pbbench.cli.shared import Device, ExperimentFile, Json, Preset, Settings, divider_section, laid_over
-from pbbench.config import load_experiment
+from pbbench.cli.options import whole_numbers
+from pbbench.cli.overrides import Device, ExperimentFile, Json, Preset, Settings, divider_section, laid_over
 from pbbench.errors import InputError
-from pbbench.options import whole_numbers
+from pbbench.experiment.presets import load_experiment
 from pbbench.processes import is_main_process
 
 
@@ -29,7 +29,7 @@ def train(
     """Train one divider (alone, or under accelerate launch or torchrun)."""
     divided = whole_numbers("--divider", [divider] if divider else None)
     settings = load_experiment(experiment, preset, laid_over(set_, model=divider_section(divided)))
-    from pbbench.environment import resolve_device
+    from pbbench.records.environment import resolve_device
     from pbbench.training.train import train as train_model
 
     settings = settings.model_copy(update={"device": resolve_device(device or settings.device)})
@@ -54,7 +54,7 @@ def sample(
     device: Device = None,
 ) -> None:
     """Draw images from a checkpoint's averaged weights (alone, or under torchrun)."""
-    from pbbench.environment import resolve_device
+    from pbbench.records.environment import resolve_device
     from pbbench.training.generate import sample_to_folder
 
     count = whole_numbers("--num-images", [num_images])[0]
@@ -102,8 +102,8 @@ def fid(
     json_: Json = False,
 ) -> None:
     """FID, KID, precision and recall between two sets of images (alone, or under torchrun)."""
-    from pbbench.environment import resolve_device
-    from pbbench.sweep.score_sets import METRICS, lines, score_sets
+    from pbbench.quality.score_sets import METRICS, lines, score_sets
+    from pbbench.records.environment import resolve_device
 
     count, size = (
         whole_numbers("--num-images", [num_images] if num_images else None),
@@ -145,8 +145,8 @@ def prepare(
     ] = None,
 ) -> None:
     """Resize a set of images once into arrays that load by memory map; running again goes on, or checks what is there."""
-    from pbbench.training.entries import notice
-    from pbbench.training.prepare import prepare as prepare_images
+    from pbbench.data.entries import notice
+    from pbbench.data.prepare import prepare as prepare_images
 
     sides = whole_numbers("--size", size.split("x"))
     if len(sides) > 2:

@@ -16,36 +16,29 @@ that against a trace recorded on a GPU. Importing this package imports no torch;
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pbbench.memory.measure import measure
-    from pbbench.memory.predict import Step, predict
-    from pbbench.memory.tensors import trace
-    from pbbench.memory.track import track
+    from pbbench.memory.allocator import snapshot
+    from pbbench.memory.meters.track import track
+    from pbbench.memory.prediction.fake import Step, predict
+    from pbbench.memory.step_report import measure
+    from pbbench.memory.tracer.live import trace
 
-__all__ = ["Step", "measure", "predict", "trace", "track"]
+__all__ = ["Step", "measure", "predict", "snapshot", "trace", "track"]
 
-_FILES = {"Step": "predict", "measure": "measure", "predict": "predict", "trace": "tensors", "track": "track"}
+_MODULES = {
+    "Step": "prediction.fake",
+    "measure": "step_report",
+    "predict": "prediction.fake",
+    "snapshot": "allocator.snapshot",
+    "trace": "tracer.live",
+    "track": "meters.track",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FILES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FILES[name]}"), name)
-
-
-class _Package(ModuleType):
-    """Python binds an imported submodule's name in its package. Where the submodule holds a function of its own name, the
-    function is bound instead, so that ``memory.predict(make)`` works before and after ``from pbbench.memory.predict import``.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _FILES.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    return module if name == "snapshot" else getattr(module, name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pbbench.config import ModelConfig
 from pbbench.errors import InputError
+from pbbench.experiment.settings import ModelConfig
 
 
 def check_rows(rows: slice | None, num_images: int, d: int) -> slice:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pbbench.config import DiffusionConfig
 from pbbench.errors import InputError
+from pbbench.experiment.settings import DiffusionConfig
 
 
 # [I] equation 17

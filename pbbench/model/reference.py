@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbbench.config import DiffusionConfig, ModelConfig, parse_experiment
 from pbbench.errors import InputError, one_line
+from pbbench.experiment.experiment import parse_experiment
+from pbbench.experiment.settings import DiffusionConfig, ModelConfig
 from pbbench.model.unet import PatchUNet
 
 OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample"}

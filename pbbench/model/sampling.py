@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pbbench.config import SamplingConfig
 from pbbench.errors import InputError
+from pbbench.experiment.settings import Precision, SamplingConfig, resolve_patch_batch_size
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.unet import PatchUNet
-from pbbench.settings import Precision, resolve_patch_batch_size
 
 
 def sample_noise(

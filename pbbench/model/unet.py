@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbbench.config import ModelConfig
 from pbbench.errors import InputError
+from pbbench.experiment.settings import ModelConfig, Recompute
 from pbbench.model.checks import check_images, check_rows
 from pbbench.model.embedding import Embedding
 from pbbench.model.layers import LinearAttention, ResidualBlock, SelfAttention
@@ -33,7 +33,6 @@ from pbbench.model.patching import (
     row_patches,
     write_rows,
 )
-from pbbench.settings import Recompute
 
 
 class Level(nn.Module):

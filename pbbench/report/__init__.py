@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pbbench.records import CellResult
+    from pbbench.records.cells import CellResult
 
 __all__ = ["terminal_table", "write_report"]
 
@@ -24,7 +24,7 @@ def write_report(run: Path) -> list[Path]:
     The same run folder gives the same bytes. What cannot be drawn is left out, and the report says why.
     Raises InputError where the folder holds no cells or a broken one.
     """
-    from pbbench.report.write import write_report as write
+    from pbbench.report.pages.write import write_report as write
 
     return write(Path(run))
 
@@ -35,9 +35,9 @@ def terminal_table(run: Path | str | Iterable[CellResult], width: int | None = N
     ``run``: a run folder or its cells. ``width``: the columns at hand (None: the terminal's); what does not fit is left out
     and named under the table.
     """
-    from pbbench.records import read_cells
-    from pbbench.report.layout import tradeoff_sheet
-    from pbbench.report.sheet import to_rich
+    from pbbench.records.cells import read_cells
+    from pbbench.report.tables.columns import tradeoff_sheet
+    from pbbench.report.tables.sheet import to_rich
 
     cells = read_cells(Path(run)) if isinstance(run, str | Path) else list(run)
     return to_rich(tradeoff_sheet(cells), width)

@@ -14,11 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from pbbench.config import Experiment, TrainingConfig
 from pbbench.errors import InputError
-from pbbench.settings import PatchBatchSize, Precision, resolve_patch_batch_size
-from pbbench.sweep_settings import Fitted, SweepConfig, place_name
-from pbbench.variants import slug
+from pbbench.experiment.experiment import Experiment
+from pbbench.experiment.settings import PatchBatchSize, Precision, TrainingConfig, resolve_patch_batch_size
+from pbbench.experiment.sweep_settings import Fitted, SweepConfig, place_name
+from pbbench.experiment.variants import slug
 
 UNLIMITED = 10**9
 """Optimizer steps of a training that ends by the clock."""
@@ -128,9 +128,7 @@ def _check_fitted(experiment: Experiment) -> None:
         name, training = place_name(variant, divider), bare.at(divider, variant).training
         found = experiment.sweep.fitted.get(name)
         if found is None or images_a_step(found) != images_a_step(training):
-            raise InputError(
-                f'sweep.fitted."{name}" is missing or of another optimizer batch; pbbench.sweep.fit.fit_to_memory finds it'
-            )
+            raise InputError(f'sweep.fitted."{name}" is missing or of another optimizer batch; fit_to_memory finds it')
 
 
 def _prefix(variant: str) -> str:
@@ -165,7 +163,7 @@ def images_a_step(training: TrainingConfig | Fitted) -> int:
 
 def _check_sources(experiment: Experiment) -> None:
     """What quality cells will need hours later is looked for now. Raises InputError for what is not there."""
-    from pbbench.training.sources import Prepared, open_source
+    from pbbench.data.sources import Prepared, open_source
 
     if experiment.data.source != "synthetic":
         source = open_source(experiment.data.source)
@@ -183,8 +181,8 @@ def _check_sources(experiment: Experiment) -> None:
 
 def _check_readable(source: Any, size: tuple[int, int]) -> None:
     """Raises InputError where none of a source's first images can be decoded: in the order of a hash, they stand for all."""
-    from pbbench.training.decode import decode
-    from pbbench.training.entries import Unreadable, attempt, read_bytes
+    from pbbench.data.decode import decode
+    from pbbench.data.entries import Unreadable, attempt, read_bytes
 
     told = "there is no jpg, jpeg, png or webp file in it"
     for entry in source.entries[:FIRST_IMAGES]:

@@ -16,8 +16,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from pbbench.records import CellResult, format_bytes
-from pbbench.report.names import DISTANCE_WORDS, quality_label
+from pbbench.experiment.sizes import format_bytes
+from pbbench.records.cells import CellResult
+from pbbench.records.quality_names import DISTANCE_WORDS, quality_label
 from pbbench.sweep.grid import Cell
 
 WORDS = {

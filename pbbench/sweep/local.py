@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pbbench.config import Experiment
-from pbbench.records import CellResult
+from pbbench.experiment.experiment import Experiment
+from pbbench.records.cells import CellResult
 from pbbench.sweep.grid import Cell
 from pbbench.sweep.process import SAVING_SECONDS, Worker, stop
 

@@ -16,11 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pbbench.config import Experiment
 from pbbench.errors import StorageError, writing_to
-from pbbench.records import CellResult, Row
+from pbbench.experiment.experiment import Experiment
+from pbbench.records.cells import CellResult
+from pbbench.records.rows import Row
+from pbbench.sweep.cell_rows import base_row
 from pbbench.sweep.grid import Cell, resolve
-from pbbench.sweep.rows import base_row
 
 COMMAND = (sys.executable, "-m", "pbbench.sweep.worker")
 SAVING_SECONDS = 20.0

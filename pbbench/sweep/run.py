@@ -17,15 +17,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple, TypeVar
 
-from pbbench import environment as environments
-from pbbench.config import Experiment
 from pbbench.errors import InputError
+from pbbench.experiment.experiment import Experiment
 from pbbench.processes import world_size
-from pbbench.records import CellResult, write_cell
-from pbbench.sweep import folder, local, slurm
-from pbbench.sweep.fit import beyond_memory
+from pbbench.records import environment as environments
+from pbbench.records import folder
+from pbbench.records.cells import CellResult, write_cell
+from pbbench.sweep import local, slurm
 from pbbench.sweep.grid import Cell, plan
 from pbbench.sweep.local import Listener
+from pbbench.sweep.planning.fit import beyond_memory
 
 Executor = Literal["local", "slurm"]
 T = TypeVar("T")

@@ -19,15 +19,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pbbench import environment as environments
-from pbbench.config import Experiment, parse_experiment
 from pbbench.errors import InputError, StorageError, writing_to
-from pbbench.records import CellResult, Row, read_cell, write_cell
-from pbbench.sweep import folder, local
+from pbbench.experiment.experiment import Experiment, parse_experiment
+from pbbench.records import environment as environments
+from pbbench.records import folder
+from pbbench.records.cells import CellResult, read_cell, write_cell
+from pbbench.records.rows import Row
+from pbbench.sweep import local
+from pbbench.sweep.cell_rows import base_row
 from pbbench.sweep.grid import Cell, plan, resolve
 from pbbench.sweep.local import Listener
 from pbbench.sweep.process import SAVING_SECONDS, Worker, stop
-from pbbench.sweep.rows import base_row
 
 CLUSTER = "slurm"
 """submitit's name of the scheduler; the tests put "local" here, which starts the same jobs as processes."""

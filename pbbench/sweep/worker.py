@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from pbbench.config import Experiment, parse_experiment
 from pbbench.errors import InputError, StorageError, is_storage_failure, one_line
-from pbbench.records import CATEGORIES, Row
+from pbbench.experiment.experiment import Experiment, parse_experiment
+from pbbench.records.rows import CATEGORIES, Row
+from pbbench.sweep.cell_rows import Emit, base_row, columns_of, failure, unmeasured, with_reason, with_reasons
 from pbbench.sweep.grid import Cell
-from pbbench.sweep.rows import Emit, base_row, columns_of, failure, unmeasured, with_reason, with_reasons
 
 PREDICTED = ("predicted_allocated_bytes", "predicted_reserved_bytes")
 UNREAD_IN_PARTS = ("peak_allocated_bytes", "peak_reserved_bytes", "seconds_per_step", "joules_per_image")
@@ -36,8 +36,8 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, run: Path, emi
     """Measure a sampling step, then a training step; a failure of one is a row and does not stop the other."""
     import torch
 
-    from pbbench.memory.meter import Meter
-    from pbbench.memory.viewer import memory_snapshot
+    from pbbench.memory.meters.phases import Meter
+    from pbbench.memory.tracer.viewer import memory_snapshot
     from pbbench.sweep import workload
 
     device = torch.device(device_name)
@@ -81,7 +81,7 @@ def measure(experiment: Experiment, cell: Cell, device_name: str, run: Path, emi
 
 def predicted(experiment: Experiment, cell: Cell, phase: str) -> dict[str, dict[str, Any]]:
     """Columns of the peaks predicted for CUDA, for the step and for each of its parts; null with a reason where that fails."""
-    from pbbench.sweep.forecast import forecast_step
+    from pbbench.sweep.planning.forecast import forecast_step
 
     try:
         found = forecast_step(experiment, cell, phase)
@@ -99,7 +99,7 @@ def _measure_step(
 ) -> None:
     import torch
 
-    from pbbench.memory.timeline import timeline
+    from pbbench.memory.tracer.timeline import timeline
     from pbbench.sweep.workload import FlopCount
 
     sweep = experiment.sweep
@@ -190,7 +190,7 @@ def run_job(job: dict[str, Any], emit: Emit) -> None:
         if cell.kind == "measure":
             measure(experiment, cell, job["device"], Path(job["run"]), noting)
         else:
-            from pbbench.sweep.score import train_and_score
+            from pbbench.sweep.quality_cell import train_and_score
 
             train_and_score(experiment, cell, job["device"], Path(job["run"]), noting)
     except Exception as error:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from pbbench.config import Experiment
-from pbbench.memory.predict import Step
+from pbbench.experiment.experiment import Experiment
+from pbbench.memory.prediction.fake import Step
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.sampling import autocast, sample_step
 from pbbench.model.unet import PatchUNet

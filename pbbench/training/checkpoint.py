@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from pbbench import __version__
-from pbbench.config import Experiment, parse_experiment
 from pbbench.errors import InputError, one_line, writing_to
+from pbbench.experiment.experiment import Experiment, parse_experiment
 from pbbench.model.unet import PatchUNet
 from pbbench.processes import is_main_process
 

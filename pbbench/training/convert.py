@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pbbench.config import Experiment
 from pbbench.errors import InputError, one_line
+from pbbench.experiment.experiment import Experiment
 from pbbench.model.reference import load_reference, parse_reference_config, read_reference_checkpoint
 from pbbench.training.checkpoint import write_checkpoint
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pbbench.config import TrainingConfig
+from pbbench.experiment.settings import TrainingConfig
 from pbbench.model.unet import PatchUNet
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pbbench.config import Experiment, SamplingConfig, merge, parse_experiment
 from pbbench.errors import InputError, writing_to
+from pbbench.experiment.experiment import Experiment, merge, parse_experiment
+from pbbench.experiment.settings import SamplingConfig
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.sampling import sample, to_uint8
 from pbbench.model.unet import PatchUNet

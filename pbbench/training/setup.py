@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pbbench.config import Experiment, TrainingConfig, differences, load_experiment, parse_experiment
 from pbbench.errors import InputError, one_line
+from pbbench.experiment.experiment import Experiment, differences, parse_experiment
+from pbbench.experiment.presets import load_experiment
+from pbbench.experiment.settings import TrainingConfig
 from pbbench.model.unet import PatchUNet
 from pbbench.training.checkpoint import last_good, read_config
 

@@ -22,21 +22,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pbbench.config import Experiment
+from pbbench.data.held_out_split import training_and_held_out
+from pbbench.data.images import ImageSet, to_x_start
+from pbbench.data.loader import training_loader
 from pbbench.errors import InputError, writing_to
+from pbbench.experiment.experiment import Experiment
+from pbbench.experiment.settings import resolve_patch_batch_size
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.patching import row_chunks, split
 from pbbench.model.unet import PatchUNet
 from pbbench.processes import failing_in_turn
-from pbbench.records import write_text
-from pbbench.settings import resolve_patch_batch_size
+from pbbench.records.files import write_text
 from pbbench.training import checkpoint as checkpoints
-from pbbench.training.data import ImageSet, to_x_start
 from pbbench.training.ema import ExponentialMovingAverage
-from pbbench.training.grid import save_sample_grid
-from pbbench.training.heldout import training_and_held_out
-from pbbench.training.loader import training_loader
 from pbbench.training.progress import Progress, StopSignals
+from pbbench.training.sample_grid import save_sample_grid
 from pbbench.training.setup import (
     build_accelerator,
     build_network,

@@ -1,0 +1,137 @@
+"""Where image files lie: a folder (nested or not), a zip or an LMDB, as a list of entries that any process can open; or a
+folder that ``pbbench data prepare`` made of one of them.
+
+Names are relative and use "/"; their order is that of ``entries.py``. Hidden files and folders, ``__MACOSX`` and files that are
+not images are passed over; an image file that cannot be read is left to the caller to name.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from pbbench.data.entries import Entry, in_order, printable
+from pbbench.data.lsun import DATA_FILE, Lmdb, is_lmdb
+from pbbench.data.prepared import Prepared, is_prepared
+from pbbench.errors import InputError, one_line
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def is_image_name(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return not hidden and name.lower().endswith(SUFFIXES)
+
+
+class Folder:
+    """A folder of image files. Links are followed, each folder once; a subfolder that cannot be listed is on ``refused``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, printable(path.resolve().name) or "folder"
+        self.refused: list[tuple[str, str]] = []
+        self.entries = in_order(self._walk())
+
+    def _walk(self) -> Iterator[Entry]:
+        try:
+            os.scandir(self.path).close()
+        except OSError as error:
+            raise InputError(f"cannot read the image folder {printable(str(self.path))}: {error.strerror}") from None
+        seen: set[tuple[int, int]] = set()
+        for folder, subfolders, files in os.walk(self.path, followlinks=True, onerror=self._refuse):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:  # a link that leads back would be walked for ever
+                subfolders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__MACOSX")
+            for file in files:
+                if is_image_name(file):
+                    path = Path(folder, file)
+                    yield Entry(path.relative_to(self.path).as_posix(), _size(path))
+
+    def _refuse(self, error: OSError) -> None:
+        name = Path(os.fsdecode(error.filename)).relative_to(self.path).as_posix() + "/"
+        self.refused.append((printable(name), error.strerror or one_line(error)))
+
+    @contextmanager
+    def open(self, entry: Entry) -> Iterator[IO[bytes]]:
+        path = self.path / entry.name
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file:
+            yield file
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a broken link: opening it will say so
+        return 0
+
+
+class Zip:
+    """A zip of image files. Each process opens its own handle, so that forked and spawned workers do not share a file position;
+    threads of one process take turns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, printable(path.name)
+        self.refused: list[tuple[str, str]] = []
+        self._handle: tuple[int, zipfile.ZipFile] | None = None
+        self._lock = threading.Lock()
+        shown = printable(str(path))
+        try:
+            infos = {
+                info.filename: info for info in self._zip().infolist() if not info.is_dir() and is_image_name(info.filename)
+            }
+        except zipfile.BadZipFile as error:
+            what = f"is a broken zip ({one_line(error)})" if self._starts_like_a_zip() else "is not a zip"
+            raise InputError(f"{shown} {what}; give a folder of images or a zip of them") from None
+        except Exception as error:  # a damaged directory can raise anything in zipfile
+            raise InputError(f"cannot read the zip {shown}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+        if not infos and any(PurePosixPath(name).name == DATA_FILE for name in self._zip().namelist()):
+            raise InputError(f"the zip {shown} holds an LMDB, which cannot be read in place; unpack it and give its folder")
+        if any(info.flag_bits & 1 for info in infos.values()):
+            raise InputError(f"the zip {shown} is encrypted; unpack it and give the folder")
+        self.entries = in_order(Entry(name, info.file_size, info.CRC) for name, info in infos.items())
+
+    def _starts_like_a_zip(self) -> bool:
+        with open(self.path, "rb") as file:
+            return file.read(2) == b"PK"
+
+    def _zip(self) -> zipfile.ZipFile:
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = (os.getpid(), zipfile.ZipFile(self.path))
+        return self._handle[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_handle", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _handle=None, _lock=threading.Lock())
+
+    @contextmanager
+    def open(self, entry: Entry) -> Iterator[IO[bytes]]:
+        with self._lock, self._zip().open(entry.name) as file:
+            yield file
+
+
+def open_source(source: str) -> Folder | Zip | Lmdb | Prepared:
+    """What lies at ``source``. Raises InputError where it is absent, none of these, broken, encrypted or not permitted."""
+    path = Path(os.path.expanduser(source))
+    try:
+        mode = os.stat(os.path.expanduser(source)).st_mode  # of the text: Path("") would be the current folder
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"cannot read the images at {source!r}: {reason}; give a folder, a zip, or 'synthetic'") from None
+    if stat.S_ISDIR(mode):
+        return Prepared(path) if is_prepared(path) else Lmdb(path) if is_lmdb(path) else Folder(path)
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{source!r} is neither a folder nor a zip of images")
+    return Lmdb(path.parent) if path.name == DATA_FILE else Zip(path)

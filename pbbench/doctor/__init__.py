@@ -1,0 +1,1 @@
+"""What this machine can measure, what it cannot, and why."""

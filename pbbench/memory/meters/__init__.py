@@ -1,0 +1,1 @@
+"""What hardware and allocator say of a phase: torch.cuda, NVML, resident memory, the ledger that closes between them."""

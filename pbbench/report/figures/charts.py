@@ -1,0 +1,308 @@
+"""The charts: memory against quality (at equal memory time against quality), what fills each peak, and speed against memory.
+
+Each function takes a table of ``tables`` and returns a figure, or None where the table holds nothing to draw. Shape marks the
+divider, or in a run with variants the variant, the divider then standing at the point; filled marks one patch index a pass,
+open marks all patches in one pass, half filled any other number.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from pbbench.records.quality_names import quality_label
+from pbbench.records.rows import CATEGORIES
+from pbbench.report.figures.style import (
+    COLUMN_WIDTH,
+    FILLS,
+    FULL_WIDTH,
+    MARKERS,
+    STRONG,
+    WEAK,
+    Point,
+    new_figure,
+    place_labels,
+    scale_axis,
+    shared_unit,
+    styled,
+)
+from pbbench.report.tables.columns import CATEGORY_NAMES
+from pbbench.report.tables.numbers import METERS, STEPS, distance_column, sample_counts
+from pbbench.report.tables.sheet import in_unit
+
+STEP_NAMES = {"train": "training", "sample": "sampling"}
+DASHED: Any = (0, (4, 2))
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that none beats, both coordinates being better when smaller, sorted by the first; equal points
+    do not beat each other."""
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if not front or points[i][1] < points[front[-1]][1] or points[i] == points[front[-1]]:
+            front.append(i)
+    return front
+
+
+@dataclass
+class _Panel:
+    """One step's points in one pair of axes; x in ``unit``."""
+
+    axes: Axes
+    lines: pd.DataFrame
+    xs: list[float]
+    ys: list[float]
+    joins: list[list[Point]] = field(default_factory=list)
+
+    @property
+    def points(self) -> list[Point]:
+        return list(zip(self.xs, self.ys, strict=True))
+
+
+def _panels(frame: pd.DataFrame, values: Mapping[str, str], *, sharey: bool) -> tuple[Figure, list[_Panel]] | None:
+    """A panel per step that has points, with its memory axis; ``values``: step → the column that goes up the y axis."""
+    frame = _with_kinds(frame)
+    drawn = {s: frame[frame[f"{s}_peak_bytes"].notna() & frame[column].notna()] for s, column in values.items()}
+    drawn = {s: lines for s, lines in drawn.items() if len(lines)}
+    if not drawn:
+        return None
+    figure = new_figure(FULL_WIDTH if len(drawn) > 1 else COLUMN_WIDTH, 2.75)
+    panels = []
+    for axes, (step, lines) in zip(figure.subplots(1, len(drawn), sharey=sharey, squeeze=False)[0], drawn.items(), strict=True):
+        unit, size = shared_unit(lines[f"{step}_peak_bytes"])
+        panels.append(_Panel(axes, lines, [x / size for x in lines[f"{step}_peak_bytes"]], list(lines[values[step]])))
+        scale_axis(axes.xaxis, panels[-1].xs, zero=True)
+        axes.set_xlabel(f"{STEP_NAMES[step]} peak, {METERS[frame.attrs['memory_column']]} ({unit})")
+        if f"{step}_peak_bytes_min" in lines:  # the range over the repeats
+            low, high = (lines[f"{step}_peak_bytes_{end}"] / size for end in ("min", "max"))
+            axes.hlines(panels[-1].ys, low, high, color=WEAK, linewidth=0.7, zorder=2)
+    return figure, panels
+
+
+def _with_kinds(frame: pd.DataFrame) -> pd.DataFrame:
+    words = [f"d = {divider:.0f}" for divider in frame["patch_divider"]]
+    if frame["variant"].any():
+        words = [variant or "the experiment" for variant in frame["variant"]]
+    return frame.assign(kind=words)
+
+
+def _fill(passes: str) -> str:
+    return {"index": "full", "all": "none"}.get(passes, "left")
+
+
+def _name(line: Any) -> str:
+    alone = line["patch_divider"] == 1 and line["patches_per_pass"] == "all"
+    passes = line["patches_per_pass"]
+    return f"d={line['patch_divider']:.0f}" + ("" if alone else f" {passes}" if passes in ("all", "index") else f" p={passes}")
+
+
+def _kinds(panels: Sequence[_Panel]) -> list[str]:
+    """What the points' shapes tell, in the legend's order: the variant where there is any, else the divider."""
+    return list(dict.fromkeys(pd.concat([panel.lines for panel in panels]).sort_values(["variant", "patch_divider"])["kind"]))
+
+
+def _draw_points(panel: _Panel, kinds: Sequence[str], colours: Sequence[str]) -> None:
+    for (x, y), (_, line), colour in zip(panel.points, panel.lines.iterrows(), colours, strict=True):
+        shape: Any = MARKERS[kinds.index(line["kind"]) % len(MARKERS)]
+        fill: dict[str, Any] = {"fillstyle": _fill(line["patches_per_pass"]), "markerfacecoloralt": "white", "color": colour}
+        panel.axes.plot(
+            [x],
+            [y],
+            marker=shape,
+            markersize=5,
+            markeredgewidth=0.9,
+            linestyle="none",
+            zorder=4 if colour == STRONG else 3,
+            **fill,
+        )
+
+
+def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -> Figure:
+    """The shapes and fills that occur in a legend under the panels, then the points' labels."""
+    lines = pd.concat([panel.lines for panel in panels])
+    bare: dict[str, Any] = {"linestyle": "none", "markersize": 5, "markeredgewidth": 0.9}
+    shape: dict[str, Any] = {**bare, "color": "#555555", "markerfacecolor": "#dddddd"}
+    handles = [Line2D([], [], marker=MARKERS[i % len(MARKERS)], label=kind, **shape) for i, kind in enumerate(_kinds(panels))]
+    words = {"none": "all patches in one pass", "full": "one patch index a pass", "left": "another number a pass"}
+    occurring = {_fill(passes) for passes in lines["patches_per_pass"]}
+    for style, label in words.items():
+        if style in occurring:
+            fill: dict[str, Any] = {"fillstyle": style, "markerfacecoloralt": "white", "color": STRONG}
+            handles.append(Line2D([], [], marker="o", label=label, **bare, **fill))
+    handles += list(extra)
+    most = 7 if figure.get_figwidth() > COLUMN_WIDTH else 2
+    if lines["variant"].any():  # names of any length: about 19 letters an inch, and room for the shapes
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        most = max(1, int(19 * figure.get_figwidth() / (longest + 7)))
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / most))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.2, columnspacing=1.0)
+    for panel in panels:
+        place_labels(panel.axes, panel.points, [_name(line) for _, line in panel.lines.iterrows()], panel.joins)
+    return figure
+
+
+def _quality_axis(frame: pd.DataFrame, column: str) -> str:
+    bars = [told for end, told in (("low", "95%"), ("min", "least–most")) if f"{column}_{end}" in frame]
+    told = f"lower is better; bars: {' or '.join(bars)}" if bars else "lower is better"
+    return "\n".join([*textwrap.wrap(quality_label(column, sample_counts(frame)), 36), f"({told})"])
+
+
+@styled
+def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
+    """``tables.tradeoff`` as points, training and sampling side by side, with the configurations no other beats joined and
+    bars for the quality figure's 95% intervals, or its range over several trainings, where it has them."""
+    column = distance_column(frame)
+    drawn = _panels(frame, dict.fromkeys(STEPS, column), sharey=True) if column else None
+    if column is None or drawn is None:
+        return None
+    figure, panels = drawn
+    return _against_quality(figure, panels, frame, column)
+
+
+@styled
+def time_against_quality(frame: pd.DataFrame) -> Figure | None:
+    """As ``memory_against_quality``, over the seconds that the training took: what is left to compare at equal memory."""
+    column = distance_column(frame)
+    if column is None or "train_seconds" not in frame:
+        return None
+    lines = _with_kinds(frame)
+    lines = lines[lines["train_seconds"].notna() & lines[column].notna()]
+    if not len(lines):
+        return None
+    figure = new_figure(FULL_WIDTH, 2.75)
+    panel = _Panel(figure.subplots(), lines, list(lines["train_seconds"]), list(lines[column]))
+    scale_axis(panel.axes.xaxis, panel.xs, zero=True)
+    panel.axes.set_xlabel("training (s)")
+    return _against_quality(figure, [panel], frame, column)
+
+
+def _against_quality(figure: Figure, panels: Sequence[_Panel], frame: pd.DataFrame, column: str) -> Figure:
+    kinds = _kinds(panels)
+    for panel in panels:
+        front = pareto(panel.points)
+        corners = [panel.points[front[0]]]
+        for i in front[1:]:  # a staircase: the best quality that each size of memory buys
+            corners += [(panel.xs[i], corners[-1][1]), panel.points[i]]
+        panel.axes.plot(*zip(*corners, strict=True), color=STRONG, linestyle=DASHED, linewidth=0.8)
+        panel.joins.append(corners)
+        _draw_points(panel, kinds, [STRONG if i in front else WEAK for i in range(len(panel.points))])
+        for low, high in (("low", "high"), ("min", "max")):
+            if f"{column}_{low}" in panel.lines:
+                ends = zip(panel.xs, panel.lines[f"{column}_{low}"], panel.lines[f"{column}_{high}"], strict=True)
+                bars = [(x, least, most) for x, least, most in ends if not math.isnan(least)]
+                panel.axes.vlines(*zip(*bars, strict=True), color=WEAK, linewidth=0.7, zorder=2)
+                panel.joins += [[(x, least), (x, most)] for x, least, most in bars]
+    shown = [y for panel in panels for y in panel.ys]
+    lowest = min(shown) / 2  # an interval that reaches down to 0 is cut, so that it does not press the points together
+    shown += [max(y, lowest) for panel in panels for join in panel.joins for _, y in join]
+    scale_axis(panels[0].axes.yaxis, shown, zero=False)
+    panels[0].axes.set_ylabel(_quality_axis(frame, column))
+    label = "Pareto front (its points dark)"
+    return _finish(figure, panels, [Line2D([], [], color=STRONG, linestyle=DASHED, linewidth=0.8, label=label)])
+
+
+@styled
+def speed_against_memory(frame: pd.DataFrame) -> Figure | None:
+    """``tables.tradeoff`` as points: images per second over the peak, a line through the dividers of each way to pass."""
+    drawn = _panels(frame, {step: f"{step}_images_per_second" for step in STEPS}, sharey=False)
+    if drawn is None:
+        return None
+    figure, panels = drawn
+    kinds = _kinds(panels)
+    for panel in panels:
+        step = panel.axes.get_xlabel().split()[0]
+        given, divider = panel.lines["patches_per_pass"], panel.lines["patch_divider"]
+        for passes, dash in (("all", ":"), ("index", "-")):
+            own = given.eq(passes) | (divider.eq(1) & given.eq("all"))  # at d = 1 the two are one
+            own &= panel.lines["variant"].eq("")
+            joined = [point for point, member in zip(panel.points, own, strict=True) if member]
+            if len(joined) > 1:
+                panel.axes.plot(*zip(*joined, strict=True), color="#b4b4b4", linestyle=dash, linewidth=0.8, zorder=1)
+                panel.joins.append(joined)
+        _draw_points(panel, kinds, [STRONG] * len(panel.points))
+        scale_axis(panel.axes.yaxis, panel.ys, zero=True)
+        panel.axes.set_ylabel(f"{step} speed (images/s)")
+    return _finish(figure, panels, [])
+
+
+@styled
+def peak_by_category(frame: pd.DataFrame) -> Figure | None:
+    """``tables.split`` as stacked bars per divider, the ways to pass side by side, training and sampling in two panels. A
+    diamond marks what CUDA's allocator measured over the same step."""
+    drawn = {s: frame[frame["step"] == s] for s in STEPS if (frame["step"] == s).any()}
+    if not drawn:
+        return None
+    figure = new_figure(FULL_WIDTH if len(drawn) > 1 else COLUMN_WIDTH, 3.0)
+    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+    shown = [name for name in CATEGORIES if (frame[f"{name}_bytes"] > 0).any()]
+    for axes, (short, lines) in zip(panels, drawn.items(), strict=True):
+        unit, size = shared_unit([*lines["peak_live_bytes"], *lines["measured_peak_bytes"]])
+        places, middles = _bar_places(list(lines["patch_divider"]))
+        below = pd.Series(0.0, index=lines.index)
+        for name in shown:
+            colour, hatch = FILLS[name]
+            heights = lines[f"{name}_bytes"].fillna(0) / size
+            axes.bar(places, heights, 0.8, bottom=below, color=colour, hatch=hatch, edgecolor=ink(name), linewidth=0.3)
+            below += heights
+        tops = pd.concat([below, lines["measured_peak_bytes"] / size], axis=1).max(axis=1)
+        axes.plot(places, lines["measured_peak_bytes"] / size, "D", color="black", markerfacecolor="white", markersize=3)
+        crowded = len(places) > 10
+        lift = (6.0 if crowded else 4.0) if lines["measured_peak_bytes"].notna().any() else 2.0  # clear of the diamond
+        turn = 90 if crowded else 0
+        for place, top, total in zip(places, tops, lines["peak_live_bytes"], strict=True):
+            number = _short(total, unit, size)
+            axes.annotate(number, (place, top), (0, lift), textcoords="offset points", ha="center", fontsize=6, rotation=turn)
+        axes.set_ylim(0, tops.max() * (1.18 if crowded else 1.1))
+        spare = max(0.8, 2.5 - (places[-1] - places[0]) / 2)  # a single bar does not fill the panel
+        axes.set_xlim(places[0] - spare, places[-1] + spare)
+        axes.set_xticks(places, list(lines["patches_per_pass"]), fontsize=6, rotation=turn)
+        axes.tick_params(axis="x", length=0, pad=1.5)
+        axes.grid(False, axis="x")
+        under = axes.secondary_xaxis(location=0)
+        under.set_xticks(list(middles.values()), [f"d = {d:.0f}" for d in middles])
+        under.tick_params(axis="x", length=0, pad=26 if crowded else 11)
+        under.spines["bottom"].set_visible(False)
+        axes.set_ylabel(f"{STEP_NAMES[short]} peak, live tensor bytes ({unit})")
+    handles: list[Any] = []
+    for name in shown:
+        colour, hatch = FILLS[name]
+        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor=ink(name), linewidth=0.3, label=CATEGORY_NAMES[name]))
+    if frame["measured_peak_bytes"].notna().any():
+        diamond: dict[str, Any] = {"linestyle": "none", "color": "black", "markerfacecolor": "white", "markersize": 3}
+        handles.append(Line2D([], [], marker="D", label=METERS["peak_allocated_bytes"], **diamond))
+    columns = len(handles) if len(drawn) > 1 else 3
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.0)
+    return figure
+
+
+def ink(category: str) -> str:
+    """The colour of edges and hatches that shows on the category's fill."""
+    return "#ffffff" if category in ("parameter", "gradient", "optimizer", "ema") else "#333333"
+
+
+def _short(value: float, unit: str, size: int) -> str:
+    """Three digits at most, for over a bar."""
+    if value < 10 * size:
+        return in_unit(value, unit, size)
+    return f"{value / size:,.{1 if value < 100 * size else 0}f}"
+
+
+def _bar_places(dividers: Sequence[int]) -> tuple[list[float], dict[int, float]]:
+    """A place for each bar, those of a divider beside each other; and the middle of each divider's bars."""
+    places: list[float] = []
+    for i, divider in enumerate(dividers):
+        places.append(0.0 if i == 0 else places[-1] + (1.0 if divider == dividers[i - 1] else 1.6))
+    middles = {}
+    for divider in dict.fromkeys(dividers):
+        own = [place for place, d in zip(places, dividers, strict=True) if d == divider]
+        middles[divider] = sum(own) / len(own)
+    return places, middles

@@ -1,0 +1,62 @@
+"""What was held equal between the trainings of a run, in words; from the cells themselves, so that no table goes without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pbbench.experiment.sizes import format_bytes
+from pbbench.records.cells import CellResult
+from pbbench.report.tables import numbers as tables
+from pbbench.report.tables.sheet import number, whole
+
+
+def held_equal(cells: Iterable[CellResult]) -> str | None:
+    """One sentence; None where nothing was trained and scored, and no memory was given."""
+    cells = list(cells)
+    well = [c for c in cells if c.kind == "quality" and c.status == "ok"]
+    given = tables.memory_given(cells)
+    if given is not None:
+        return _equal_memory(cells, well, given)
+    seen = sorted({r.images_seen for c in well for r in c.rows if r.images_seen is not None})
+    if not seen:
+        return None
+    images = whole(seen[0]) if len(seen) == 1 else f"{whole(seen[0])} to {whole(seen[-1])}"
+    if any(c.details.get("equal") == "seconds" for c in well):
+        return (
+            f"Held equal between trainings: the time ({_seconds(well)} each, checkpoints included); they saw {images} images."
+        )
+    if len(seen) == 1:
+        return f"Held equal between trainings: {images} images seen each (with repetition)."
+    return f"Not held equal: the trainings saw {images} images."
+
+
+def _seconds(trained: Iterable[CellResult]) -> str:
+    seconds = tables.finite(c.details.get("train_seconds") for c in trained)
+    return " to ".join(dict.fromkeys(number(pick(seconds)) for pick in (min, max))) + " s"
+
+
+def _equal_memory(cells: list[CellResult], trained: list[CellResult], given: int) -> str:
+    """The memory given and what was used of it, by the meter whose prediction was held against it; what the trainings took."""
+    peaks: list[float] = []
+    for meter in ("peak_reserved_bytes", "peak_live_bytes"):
+        peaks = peaks or tables.step_values(cells, "train_step", meter)
+    least_most = " to ".join(dict.fromkeys(format_bytes(int(pick(peaks))) for pick in (min, max))) if peaks else "none"
+    memory = f"{format_bytes(given)} given to a training step; measured peaks {least_most}"
+    seen = sorted({r.images_seen for c in trained for r in c.rows if r.images_seen is not None})
+    if not seen:
+        return f"Held equal between training steps: the memory ({memory})."
+    images = " to ".join(dict.fromkeys(map(whole, (seen[0], seen[-1]))))
+    return (
+        f"Held equal between trainings: the memory ({memory}) and the images ({images} seen each, in the same optimizer "
+        f"batches); they took {_seconds(trained)}."
+    )
+
+
+def trained_from(cells: Iterable[CellResult]) -> str:
+    """How many trainings stand behind a figure: once, or so many times from which seeds."""
+    counts = sorted({len(named.get("num_images", [])) for named in tables.trainings(cells).values()} - {0})
+    if counts in ([], [1]):
+        return "once"
+    seeds = sorted({c.axes["seed"] for c in cells if c.kind == "quality" and c.axes.get("seed") is not None})
+    times = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{times} times" + (f", from seeds {', '.join(map(str, seeds))}" if seeds else "")

@@ -1,0 +1,133 @@
+"""The memory table and its rule: sums, the reference as a bound, the published files in step with the code; speed."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+import data_loading
+import memory_rule
+import memory_table
+import meter_overhead
+import processes
+import rivals
+import speed
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "memory"
+
+
+def number(text: str):
+    return int(text) if text.isdecimal() else text or None
+
+
+def test_loading_is_measured_for_every_source_and_published_as_quicker(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_loading, "SECONDS", 0)
+    data_loading.main(["--num-images", "8", "--out", str(tmp_path)])
+    for folder in (tmp_path, PUBLISHED.parent / "data"):
+        report = json.loads((folder / "loading.json").read_text(encoding="utf-8"))
+        assert [row["source"] for row in report["rows"]] == list(data_loading.SOURCES)
+        assert data_loading.markdown(report) == (folder / "loading.md").read_text(encoding="utf-8")
+    assert all(min(row["ratio_of_each_round"]) > 10 for row in report["rows"])
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_are_timed_on_the_same_work(tmp_path):
+    processes.main(["--num-images", "9", "--rounds", "1", "--out", str(tmp_path)])
+    for folder, num_images in ((tmp_path, 9), (PUBLISHED.parent / "processes", 128)):
+        report = json.loads((folder / "processes.json").read_text(encoding="utf-8"))
+        expected = [("sample", num_images), ("score", 16 * num_images)]
+        assert [(row["work"], row["num_images"]) for row in report["rows"]] == expected
+        for row in report["rows"]:
+            one, two = (statistics.median(row["seconds"][count]) for count in "12")
+            assert row["times_as_fast"] == pytest.approx(one / two)
+        assert processes.markdown(report) == (folder / "processes.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def published() -> list[dict]:
+    with (PUBLISHED / "memory.csv").open(encoding="utf-8") as file:
+        return [{key: number(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("key", [(128, 1, 1, "all"), (128, 32, 4, "index")])
+def test_a_cell_of_the_table_is_what_the_code_gives_today(key, published):
+    for row in memory_table.rows_of(key):
+        assert sum(row[f"{part}_bytes"] for part in memory_table.PARTS) == row["peak_bytes"]
+        same = [r for r in published if all(r[k] == row[k] for k in list(row)[:5])]
+        assert [r["peak_bytes"] for r in same] == [pytest.approx(row["peak_bytes"], rel=0.01)], "run benchmarks/memory_table.py"
+
+
+def test_every_cell_is_published_once_and_its_parts_sum_to_its_peak(published):
+    keys = [tuple(r[k] for k in ("image_size", "batch_size", "patch_divider", "passes")) for r in published]
+    assert sorted(keys) == sorted(memory_table.cells() * 2)
+    for row in published:
+        assert sum(row[f"{part}_bytes"] for part in memory_table.PARTS) == row["peak_bytes"]
+
+
+def test_never_above_the_reference(published):
+    compared = [r for r in published if r["reference_stacked_bytes"] is not None]
+    assert len(compared) == 2 * 6 * (1 + 3 * 2)
+    for row in compared:
+        limit = row["reference_one_patch_bytes" if row["passes"] == "index" else "reference_stacked_bytes"]
+        assert row["peak_bytes"] <= limit, row
+
+
+def test_the_table_for_people_is_that_of_the_bytes(published):
+    text = memory_table.markdown(published)
+    assert text == (PUBLISHED / "memory.md").read_text(encoding="utf-8")
+    for d in memory_table.DIVIDERS:
+        assert text.count(f"| {d} | ") >= 2 * len(memory_table.SIZES) * len(memory_table.BATCHES)
+
+
+def test_the_rule_follows_the_numbers():
+    def row(peak: int, activations: int) -> dict:
+        return {"step": "sample", "peak_bytes": peak, "activations_bytes": activations}
+
+    def words(whole: int, divided: int, alone: int) -> str:
+        found = {(128, 8, 1): row(whole, 0), (128, 8, 8): row(divided, 0), (128, 1, 1): row(alone, 0)}
+        return memory_rule.verdict(found, 128, 8)
+
+    assert words(100, 80, 90).startswith("neither helps")
+    assert "so does a batch of 1" in words(100, 50, 52)
+    assert "more than any smaller batch" in words(100, 50, 70)
+    assert memory_rule.share(row(100, 25)) == 0.25
+
+
+def test_the_search_for_the_largest_that_fits():
+    def fits(choice: int) -> dict:
+        return {"choice": choice, "peak_bytes": 10 * choice}
+
+    for limit, expected in ((9, 1), (10, 1), (45, 4), (1000, 16)):
+        assert rivals.largest(fits, (1, 2, 4, 8, 16), limit)["choice"] == expected
+
+
+def test_speed_rounds_and_their_ratios(tmp_path):
+    words = ["--dim", "8", "--image-size", "16", "--batch-size", "1", "--dividers", "1", "2", "4", "--seconds", "0"]
+    speed.main([*words, "--device", "cpu", "--out", str(tmp_path)])
+    with (tmp_path / "speed.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {int(r["patch_divider"]) for r in rows} == {1, 2}  # 16² does not divide by 4 · 2³
+    assert {(r["step"], r["passes"]) for r in rows if r["patch_divider"] == "2"} == {
+        (step, passes) for step in ("sample", "train") for passes in ("all", "all, plain", "index")
+    }
+    for r in rows:
+        assert int(r["rounds"]) == speed.FEWEST_ROUNDS
+        if r["passes"] == "all" and r["recompute"] == "none":
+            assert float(r["time_over_all_patches"]) == 1
+        if r["passes"] == "all, plain":
+            assert float(r["time_over_plain"]) == 1
+    assert "| 16² | 1 | 2 | index (1) |" in (tmp_path / "speed.md").read_text(encoding="utf-8")
+
+
+def test_overhead_of_every_meter_is_written(tmp_path):
+    meter_overhead.main(["--seconds", "0", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "overhead.json").read_text(encoding="utf-8"))
+    assert found["rounds"] == meter_overhead.FEWEST_ROUNDS
+    median = found["median_seconds"]
+    assert len(median) == 6
+    assert median[meter_overhead.TRACED] > median[meter_overhead.ALONE]
+    assert found["operators"] > 100
+    text = (tmp_path / "overhead.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in text for name in median)
