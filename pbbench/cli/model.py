@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from pbbench.cli.options import whole_numbers
-from pbbench.cli.overrides import Device, ExperimentFile, Json, Preset, Settings, divider_section, laid_over
+from pbbench.cli.overrides import (
+    Device,
+    ExperimentFile,
+    Json,
+    Preset,
+    Settings,
+    divider_section,
+    laid_over,
+    warn_of_stale_averages,
+)
 from pbbench.errors import InputError
 from pbbench.experiment.presets import load_experiment
 from pbbench.processes import is_main_process
@@ -33,6 +42,8 @@ def train(
     from pbbench.training.train import train as train_model
 
     settings = settings.model_copy(update={"device": resolve_device(device or settings.device)})
+    if is_main_process():
+        warn_of_stale_averages([settings])
     result = train_model(settings, out, resume=resume, show_bar=True)
     if is_main_process():
         typer.echo(str(result.checkpoint) if result.checkpoint else "no checkpoint was saved")
