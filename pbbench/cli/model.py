@@ -8,16 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pbbench.cli.shared import (
-    Device,
-    ExperimentFile,
-    Json,
-    Preset,
-    Settings,
-    divider_section,
-    laid_over,
-    warn_of_stale_averages,
-)
+from pbbench.cli.shared import Device, ExperimentFile, Json, Preset, Settings, divider_section, laid_over
 from pbbench.config import load_experiment
 from pbbench.errors import InputError
 from pbbench.options import whole_numbers
@@ -42,8 +33,6 @@ def train(
     from pbbench.training.train import train as train_model
 
     settings = settings.model_copy(update={"device": resolve_device(device or settings.device)})
-    if is_main_process():
-        warn_of_stale_averages([settings])
     result = train_model(settings, out, resume=resume, show_bar=True)
     if is_main_process():
         typer.echo(str(result.checkpoint) if result.checkpoint else "no checkpoint was saved")
