@@ -21,7 +21,6 @@ from pbbench.cli.overrides import (
     Settings,
     divider_section,
     laid_over,
-    warn_of_stale_averages,
 )
 from pbbench.errors import InputError
 from pbbench.experiment.presets import load_experiment
@@ -59,7 +58,7 @@ def sweep(
 
     from pbbench.records.environment import probe
     from pbbench.report import terminal_table
-    from pbbench.sweep.grid import plan, trainings
+    from pbbench.sweep.grid import plan
     from pbbench.sweep.live import LiveView
     from pbbench.sweep.planning.fit import fit_to_memory
     from pbbench.sweep.run import Shard, run_sweep
@@ -95,7 +94,6 @@ def sweep(
 
         Console().print(forecast_table(settings, cells))
         return
-    warn_of_stale_averages(trainings(settings, cells))
     out = out or Path("results") / f"sweep-{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
     with LiveView(console) as view:
         ended = run_sweep(

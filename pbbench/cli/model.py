@@ -17,7 +17,6 @@ from pbbench.cli.overrides import (
     Settings,
     divider_section,
     laid_over,
-    warn_of_stale_averages,
 )
 from pbbench.errors import InputError
 from pbbench.experiment.presets import load_experiment
@@ -42,8 +41,6 @@ def train(
     from pbbench.training.train import train as train_model
 
     settings = settings.model_copy(update={"device": resolve_device(device or settings.device)})
-    if is_main_process():
-        warn_of_stale_averages([settings])
     result = train_model(settings, out, resume=resume, show_bar=True)
     if is_main_process():
         typer.echo(str(result.checkpoint) if result.checkpoint else "no checkpoint was saved")

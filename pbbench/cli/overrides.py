@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pbbench.experiment.experiment import Experiment
 from pbbench.experiment.presets import parse_override
 
 Dividers = Annotated[
@@ -45,10 +42,3 @@ def laid_over(settings: list[str] | None, **sections: dict[str, Any]) -> list[di
 def divider_section(dividers: list[int]) -> dict[str, Any]:
     """A sweep's experiment is checked at its first divider; ``sweep.grid.plan`` checks the others."""
     return {"patch_divider": dividers[0]} if dividers else {}
-
-
-def warn_of_stale_averages(trainings: Iterable[Experiment]) -> None:
-    """A line on stderr for each way in which these trainings' averages would keep too much of their start."""
-    for line in dict.fromkeys(experiment.training.stale_average() for experiment in trainings):
-        if line:
-            print(f"pbbench: {line}", file=sys.stderr)

@@ -268,6 +268,8 @@ def _train(
     main = accelerator.is_main_process
     if show_bar and main:
         print(f"images: {images.notice()}", file=sys.stderr)
+        if stale := section.stale_average():
+            print(f"pbbench: {stale}", file=sys.stderr)
     settle_every = 1 if accelerator.device.type == "cpu" else SETTLE_EVERY
     tolerated = SKIPPED_STEPS_TOLERATED if section.mixed_precision == "fp16" else 0
     pending: list[Tensor] = []
