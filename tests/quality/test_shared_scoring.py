@@ -26,7 +26,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SMALL_BATCHES = f"""
 import sys
 from pbbench.experiment.experiment import QualityConfig
-from pbbench.sweep import score_sets
+from pbbench.quality import score_sets
 score_sets.QualityConfig = lambda: QualityConfig(batch_size={BATCH})
 """
 """So that a few images are several batches."""
@@ -165,7 +165,7 @@ def test_one_process_that_fails_ends_all_and_says_why(error: str, photos: Path, 
 import os
 from pbbench.cli import main
 from pbbench.errors import InputError
-from pbbench.sweep import image_sets
+from pbbench.quality import image_sets
 
 def failing(*_):
     raise {error}("met by one process only")
