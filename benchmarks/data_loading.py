@@ -10,9 +10,7 @@ this is the processor's work, not the disk's. **Only ratios mean something.** Wr
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import os
 import statistics
 import tempfile
@@ -23,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import results_folder
 from pbbench.records import environment
 
 SIZE = (128, 128)
@@ -122,19 +121,15 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_folder.parser(__doc__, "results/data")
     parser.add_argument("--num-images", type=int, default=384)
-    parser.add_argument("--out", type=Path, default=Path("results/data"))
     options = parser.parse_args(words)
     rows = []
     for name in SOURCES:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(name, Path(folder), options.num_images))
     report = {"num_images": options.num_images, "cores": len(os.sched_getaffinity(0)), "rows": rows}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "environment.json").write_text(json.dumps(environment.probe("cpu"), indent=1) + "\n", encoding="utf-8")
-    (options.out / "loading.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "loading.md").write_text(markdown(report), encoding="utf-8")
+    results_folder.publish(options.out, "loading", report, markdown(report), environment.probe("cpu"))
     print(markdown(report))
 
 

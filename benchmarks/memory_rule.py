@@ -5,23 +5,31 @@ Every number in the text is computed from the table's rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from paper_network import STEPS, Row
 
 WORTH = 0.25
 """A saving below a quarter of the peak is called no help."""
 SAME = 1.10
 """Peaks within a tenth of each other are called the same."""
 
-Row = dict[str, Any]
 Key = tuple[int, int, int]
 
 
-def _index(rows: Sequence[Row], step: str) -> dict[Key, Row]:
-    import memory_table
+def index_rows(rows: Iterable[Row], step: str) -> dict[Key, Row]:
+    """(size, batch, d) → the row of one patch index at a time (at d = 1: of all)."""
+    return {
+        (r["image_size"], r["batch_size"], r["patch_divider"]): r
+        for r in rows
+        if r["step"] == step and (r["passes"] == "index" or r["patch_divider"] == 1)
+    }
 
-    return memory_table.index_rows(rows, step)
+
+def mib(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:,.0f}" if count >= 100 * 2**20 else f"{count / 2**20:,.1f}"
 
 
 def share(row: Row) -> float:
@@ -52,8 +60,6 @@ def verdict(found: dict[Key, Row], size: int, batch: int) -> str:
 
 def lines(rows: Sequence[Row]) -> list[str]:
     """The rule, in Markdown."""
-    import memory_table
-
     text = [
         "## The rule",
         "",
@@ -61,8 +67,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
         f"divider can save**. Called no help below: a saving under {WORTH:.0%} of the peak. *Batch of 1*: the same images "
         "one at a time at d = 1 (in training with gradient accumulation), the rival that costs neither parameters nor context.",
     ]
-    for step, title in memory_table.STEPS.items():
-        found = _index(rows, step)
+    for step, title in STEPS.items():
+        found = index_rows(rows, step)
         text += [
             "",
             f"| {title.lower()}: image | batch | activations at d = 1 | peak at d = 1 | d = 4 | d = 8 | batch of 1 | |",
@@ -71,19 +77,17 @@ def lines(rows: Sequence[Row]) -> list[str]:
         for size, batch in sorted({key[:2] for key in found}):
             whole = found[size, batch, 1]
             peaks = " | ".join(
-                memory_table.mib(found[size, batch, d]["peak_bytes"] if (size, batch, d) in found else None) for d in (1, 4, 8)
+                mib(found[size, batch, d]["peak_bytes"] if (size, batch, d) in found else None) for d in (1, 4, 8)
             )
             alone = found.get((size, 1, 1))
-            small = memory_table.mib(accumulating(alone)) if alone is not None and batch > 1 else "–"
+            small = mib(accumulating(alone)) if alone is not None and batch > 1 else "–"
             text += [f"| {size}² | {batch} | {share(whole):.0%} | {peaks} | {small} | {verdict(found, size, batch)} |"]
     return [*text, *_same_pass(rows)]
 
 
 def _same_pass(rows: Sequence[Row]) -> list[str]:
     """A pass of N images at divider d has as many pixels as one of N / d² images at d = 1: the peaks of pairs in the table."""
-    import memory_table
-
-    found = _index(rows, "train")
+    found = index_rows(rows, "train")
     pairs = []
     for (size, batch, d), row in sorted(found.items()):
         small = found.get((size, batch // d**2, 1)) if d > 1 and batch % d**2 == 0 else None
@@ -96,8 +100,8 @@ def _same_pass(rows: Sequence[Row]) -> list[str]:
     return [
         "",
         "**A smaller batch does the same** as long as there is one: one patch index of N images at d has as many pixels a pass "
-        f"as N / d² images at d = 1. Training {size}², d = {d}, batch {batch}: {memory_table.mib(peak)} MiB; d = 1, "
-        f"micro-batches of {fewer}, accumulated: at most {memory_table.mib(small)} MiB (over all such pairs of the table "
+        f"as N / d² images at d = 1. Training {size}², d = {d}, batch {batch}: {mib(peak)} MiB; d = 1, "
+        f"micro-batches of {fewer}, accumulated: at most {mib(small)} MiB (over all such pairs of the table "
         f"{min(apart):+.0%} to {max(apart):+.0%}). Below one image a pass, only patches or recomputation go on.",
     ]
 
@@ -110,7 +114,7 @@ def save_figure(rows: Sequence[Row], out: Path) -> None:
     from pbbench.report.figures.style import FILLS, FULL_WIDTH, new_figure, rendered, styled
 
     names = {"weights": "parameter", "gradients": "gradient", "optimizer": "optimizer", "activations": "activation"}
-    found = {key[1:]: row for key, row in _index(rows, "train").items() if key[0] == 128}
+    found = {key[1:]: row for key, row in index_rows(rows, "train").items() if key[0] == 128}
     batches, dividers = sorted({b for b, _ in found}), sorted({d for _, d in found})
 
     @styled

@@ -12,36 +12,27 @@ environment.json and README.md.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import multiprocessing
 import os
 import resource
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import memory_rule
+import results_folder
 import rivals
-from pbbench.experiment.experiment import Experiment, parse_experiment
+from memory_rule import index_rows, mib
+from paper_network import STEPS, Row, planned
 from pbbench.records import environment
-from pbbench.sweep.grid import plan
+from pbbench.records.files import write_json, write_text
+from results_folder import write_csv
 
 SIZES, BATCHES, DIVIDERS = (128, 256, 512, 1024), (1, 8, 32), (1, 2, 4, 8)
 PARTS = ("weights", "gradients", "optimizer", "activations")
 REFERENCE = Path(__file__).with_name("reference_memory.json")
-STEPS = {"sample": "Sampling", "train": "Training"}
-
-Row = dict[str, Any]
-
-
-def paper(image_size: int, **sections: Any) -> Experiment:
-    """The paper's network for images of this size; nothing is trained."""
-    model = {"dim": 128, "dim_mults": [1, 2, 4, 8], "image_size": image_size} | sections.pop("model", {})
-    return parse_experiment({"model": model, **sections}, "benchmarks")
 
 
 def cells(sizes: Sequence[int] = SIZES, batches: Sequence[int] = BATCHES, dividers: Sequence[int] = DIVIDERS) -> list[tuple]:
@@ -61,9 +52,7 @@ def rows_of(key: tuple[int, int, int, str]) -> list[Row]:
     from pbbench.sweep.planning.forecast import forecast
 
     size, batch, d, passes = key
-    sweep = {"dividers": [d], "batch_sizes": [batch], "patch_batch_sizes": [passes], "quality": False}
-    experiment = paper(size, sweep=sweep)
-    (cell,) = plan(experiment)
+    experiment, cell = planned(size, batch, d, passes)
     found = forecast(experiment, cell)
     released = {(r["image_size"], r["batch_size"], r["patch_divider"]): r for r in json.loads(REFERENCE.read_text())}
     rows = []
@@ -88,19 +77,6 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def index_rows(rows: Iterable[Row], step: str) -> dict[tuple[int, int, int], Row]:
-    """(size, batch, d) → the row of one patch index at a time (at d = 1: of all)."""
-    return {
-        (r["image_size"], r["batch_size"], r["patch_divider"]): r
-        for r in rows
-        if r["step"] == step and (r["passes"] == "index" or r["patch_divider"] == 1)
-    }
-
-
-def mib(count: int | None) -> str:
-    return "–" if count is None else f"{count / 2**20:,.0f}" if count >= 100 * 2**20 else f"{count / 2**20:,.1f}"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -131,17 +107,8 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/memory"))
-    out = parser.parse_args(words).out
+    out: Path = results_folder.parser(__doc__, "results/memory").parse_args(words).out
     started, cores = time.monotonic(), os.cpu_count() or 1
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), one_thread) as pool:
         # The searches go first: each is a chain of traces. Then the cells.
@@ -150,17 +117,17 @@ def main(words: Sequence[str] | None = None) -> None:
         rows = [row for pair in found for row in pair]
         compared = [future.result() for future in beside]
     rows.sort(key=lambda r: (r["step"], r["image_size"], r["batch_size"], r["patch_divider"], r["passes"]))
-    out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "memory.csv", rows)
-    (out / "memory.md").write_text(markdown(rows), encoding="utf-8")
+    write_text(out / "memory.md", markdown(rows))
     write_csv(out / "rivals.csv", compared)
-    (out / "rivals.md").write_text(rivals.markdown(compared), encoding="utf-8")
+    write_text(out / "rivals.md", rivals.markdown(compared))
     memory_rule.save_figure(rows, out)
     machine = environment.probe("cpu")
-    (out / "environment.json").write_text(json.dumps(machine, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "environment.json", machine)
     seconds, used = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     busy = used.ru_utime + used.ru_stime
-    (out / "README.md").write_text(
+    write_text(
+        out / "README.md",
         "# Memory of the paper's network, reference against pbbench\n\n"
         "```sh\npython benchmarks/memory_table.py --out results/memory\n```\n\n"
         f"Took {seconds:.0f} s, {busy:.0f} s of processor time, on {cores} cores ({machine['cpu']}), "
@@ -169,7 +136,6 @@ def main(words: Sequence[str] | None = None) -> None:
         "- [rivals.md](rivals.md), [rivals.csv](rivals.csv): what else fits in the same memory\n"
         "- [memory.png](memory.png), [memory.svg](memory.svg): the training peaks at 128 × 128\n"
         "- [environment.json](environment.json): machine, versions, commit\n",
-        encoding="utf-8",
     )
     print(f"{out}: {len(rows)} rows and {len(compared)} rivals in {seconds:.0f} s ({busy:.0f} s of processor time)")
 

@@ -8,11 +8,9 @@ adds itself, without the driver's and torch's own time. Writes overhead.json and
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,11 +20,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import results_folder
 from pbbench import memory
 from pbbench.records import environment
-from pbbench.records.files import write_json, write_text
+from turns import in_turns
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
 FEWEST_ROUNDS = 5
 ALONE, IN_A_PHASE = "a training step", "the same step in a phase"
 TRACED, WITH_EVENTS = "the same step, traced", "the same step, traced with its events kept"
@@ -62,25 +61,11 @@ def gpu_or_stand_in() -> tuple[str, dict[str, Any]]:
     """The GPU's meters: (their name, arguments of ``memory.track``)."""
     if torch.cuda.is_available():
         return "an empty phase, CUDA and NVML", {"device": "cuda"}
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(SUPPORT))
     from fake_devices import CUDA, FakeCuda, FakeNvml
 
     stand_ins = {"cuda": FakeCuda(), "nvml": FakeNvml([(os.getpid(), 2**30)])}
     return "an empty phase, CUDA and NVML (stand-ins)", {"device": CUDA, **stand_ins}
-
-
-def in_turns(works: dict[str, Callable[[], Any]], budget: float) -> dict[str, list[float]]:
-    """Seconds of each work; all take turns, so that whatever else the machine does falls on all of them."""
-    for work in works.values():
-        work()  # warm up
-    times: dict[str, list[float]] = {name: [] for name in works}
-    end = time.perf_counter() + budget
-    while len(times[ALONE]) < FEWEST_ROUNDS or time.perf_counter() < end:
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def measure(budget: float) -> dict[str, Any]:
@@ -103,7 +88,7 @@ def measure(budget: float) -> dict[str, Any]:
             TRACED: lambda: memory.trace(step, **known),
             WITH_EVENTS: lambda: memory.trace(step, record_events=True, **known),
         }
-        times = in_turns(works, budget)
+        times = in_turns(works, budget, FEWEST_ROUNDS)
     with Operators() as operators:
         step()
     medians = {name: statistics.median(own) for name, own in times.items()}
@@ -141,16 +126,14 @@ def _time(seconds: float) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_folder.parser(__doc__, "results/meter")
     parser.add_argument("--seconds", type=float, default=6, help="all rounds together")
-    parser.add_argument("--out", type=Path, default=Path("results/meter"))
     asked = parser.parse_args(words)
     machine = environment.probe("auto")
     found = measure(asked.seconds)
-    name = machine["gpu"] or f"{machine['cpu']}, {machine['cpu_threads']} threads"
-    write_json(asked.out / "overhead.json", {"machine": name, "torch": str(torch.__version__), **found})
-    write_text(asked.out / "overhead.md", markdown(found, name))
-    write_json(asked.out / "environment.json", machine)
+    name = results_folder.machine_name(machine)
+    report = {"machine": name, "torch": str(torch.__version__), **found}
+    results_folder.publish(asked.out, "overhead", report, markdown(found, name), machine)
     print(f"{asked.out}: {found['rounds']} rounds")
 
 

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import results_folder
 from pbbench.records import environment
 
 COUNTS = (1, 2)
@@ -167,20 +168,16 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_folder.parser(__doc__, "results/processes")
     parser.add_argument("--num-images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("results/processes"))
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)  # what torchrun starts
     options = parser.parse_args(words)
     if options.job:
         job(options.job, options.num_images)
         return
     report = measure(options.num_images, options.rounds)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "environment.json").write_text(json.dumps(environment.probe("cpu"), indent=1) + "\n", encoding="utf-8")
-    (options.out / "processes.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "processes.md").write_text(markdown(report), encoding="utf-8")
+    results_folder.publish(options.out, "processes", report, markdown(report), environment.probe("cpu"))
     print(markdown(report))
 
 

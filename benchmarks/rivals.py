@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any
 
-SIZE, BATCH, DIVIDER, DIM = 128, 32, 4, 128
-RECOMPUTE = ("cheap", "full")
+from paper_network import DIM, RECOMPUTE, Row, planned
 
-Row = dict[str, Any]
+SIZE, BATCH, DIVIDER = 128, 32, 4
 
 
 def step(d: int, batch: int, *, passes: str = "all", dim: int = DIM, recompute: str = "none", accumulate: bool = False) -> Row:
@@ -26,7 +24,8 @@ def step(d: int, batch: int, *, passes: str = "all", dim: int = DIM, recompute: 
     from pbbench.sweep.workload import training_workload
 
     # From the second micro-batch on gradients lie beside the activations; more than two change nothing.
-    settings, cell = _planned(d, batch, passes, dim, recompute, 2 if accumulate else 1)
+    micro_batches = 2 if accumulate else 1
+    settings, cell = planned(SIZE, batch, d, passes, dim=dim, recompute=recompute, micro_batches=micro_batches)
     with repeated_chunks_skipped(batch):
         live = predict(lambda: training_workload(settings, cell, torch.device("cpu")))
     peak = live.peak_bytes - live.by_category["ema"]
@@ -42,7 +41,7 @@ def with_costs(name: str, row: Row) -> Row:
 
     from pbbench.sweep.workload import FlopCount, training_workload
 
-    settings, cell = _planned(row["patch_divider"], 1, "all", row["dim"], row["recompute"], 1)
+    settings, cell = planned(SIZE, 1, row["patch_divider"], "all", dim=row["dim"], recompute=row["recompute"])
     with FakeTensorMode():
         work = training_workload(settings, cell, torch.device("cpu"))
         with FlopCount() as flops:
@@ -50,19 +49,6 @@ def with_costs(name: str, row: Row) -> Row:
         parameters = sum(p.numel() for p in work.modules.parameters())  # type: ignore[union-attr]
     again = "" if row["recompute"] == "none" else f", recompute = {row['recompute']}"
     return {"name": name + again} | row | {"flops_per_image": flops.total, "parameters": parameters}
-
-
-def _planned(d: int, batch: int, passes: str, dim: int, recompute: str, micro_batches: int) -> tuple[Any, Any]:
-    """The experiment and its one cell."""
-    import memory_table
-    from pbbench.sweep.grid import plan
-
-    training: Row = {"gradient_accumulation_steps": micro_batches}
-    if recompute != "none":
-        training["recompute"] = recompute
-    sweep = {"dividers": [d], "batch_sizes": [batch], "patch_batch_sizes": [passes], "quality": False}
-    experiment = memory_table.paper(SIZE, model={"dim": dim}, training=training, sweep=sweep)
-    return experiment, plan(experiment)[0]
 
 
 def patched(recompute: str = "none") -> Row:

@@ -5,8 +5,8 @@
 
 All variants of a step are built first and then take turns, one step each, round after round, so that a machine that slows
 down slows all of them; the first round warms up and is not counted. **Only ratios mean something**: medians are held against
-the same divider with all patches in one pass, against the plain version of that pass (``tests/plain_unet.py``: the same network
-written without any savings) and against d = 1. Every variant's weights and Adam's state exist at once.
+the same divider with all patches in one pass, against the plain version of that pass (``tests/support/plain_unet.py``: the
+same network written without any savings) and against d = 1. Every variant's weights and Adam's state exist at once.
 
 Sampling and training are timed in a process each, as they are run. On a CPU what a process has allocated before decides how
 quickly it gets memory: the C library maps blocks above 32 MiB afresh, page by page, unless freed ones lie at hand. Stacked
@@ -17,11 +17,8 @@ Writes speed.csv (every variant's median, quartiles and ratios), speed.md and en
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -30,13 +27,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import memory_table
-from memory_table import STEPS, Row, write_csv
+import results_folder
+from paper_network import RECOMPUTE, STEPS, Row, planned
 from pbbench.errors import InputError
-from pbbench.experiment.experiment import parse_experiment
 from pbbench.records import environment
-from pbbench.sweep.grid import plan
-from rivals import RECOMPUTE
+from pbbench.records.files import write_json, write_text
+from turns import in_turns
 
 FEWEST_ROUNDS = 3
 PLAIN = "all, plain"
@@ -51,12 +47,10 @@ def variants(dim: int, size: int, batch: int, dividers: Sequence[int], chunks: S
     for d in dividers:
         seen = set()
         for passes in chunks:
-            sweep = {"dividers": [d], "batch_sizes": [batch], "patch_batch_sizes": [passes], "quality": False}
             try:
-                experiment = memory_table.paper(size, model={"dim": dim}, sweep=sweep)
+                _, cell = planned(size, batch, d, passes, dim=dim)
             except InputError:
                 continue  # the image does not divide so far
-            (cell,) = plan(experiment)
             if cell.patch_batch_size in seen:
                 continue
             seen.add(cell.patch_batch_size)
@@ -71,21 +65,17 @@ def variants(dim: int, size: int, batch: int, dividers: Sequence[int], chunks: S
 
 
 def build(variant: Row, device: str) -> Callable[[], None]:
-    """The variant's step, to be called again and again."""
+    """The variant's step, to be called again and again; it returns when the device has done its work."""
     import torch
 
     from pbbench.sweep import workload
 
-    sweep = {"dividers": [variant["patch_divider"]], "batch_sizes": [variant["batch_size"]], "quality": False}
-    sweep["patch_batch_sizes"] = [variant["patch_batch_size"]]
-    experiment = memory_table.paper(variant["image_size"], model={"dim": variant["dim"]}, sweep=sweep)
-    if variant["recompute"] != "none":
-        training = {"training": {"recompute": variant["recompute"]}}
-        experiment = parse_experiment(experiment.model_dump(mode="json") | training, "benchmarks")
-    (cell,) = plan(experiment)
+    shape = (variant[name] for name in ("image_size", "batch_size", "patch_divider", "patch_batch_size"))
+    experiment, cell = planned(*shape, dim=variant["dim"], recompute=variant["recompute"])
     make = workload.training_workload if variant["step"] == "train" else workload.sampling_workload
     with plain_network() if variant["passes"] == PLAIN else nullcontext():
-        return make(experiment, cell, torch.device(device)).run
+        run = make(experiment, cell, torch.device(device)).run
+    return run if device == "cpu" else lambda: (run(), torch.cuda.synchronize())[0]
 
 
 @contextmanager
@@ -97,7 +87,7 @@ def plain_network() -> Iterator[None]:
     from pbbench.model.reference import reference_name
     from pbbench.sweep import workload
 
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
     from plain_unet import plain_unet
 
     class Plain(nn.Module):
@@ -122,34 +112,11 @@ def plain_network() -> Iterator[None]:
         sys.path.pop()
 
 
-def timed(run: Callable[[], None], device: str) -> float:
-    """Seconds of one call, the device's work included."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def measure(chosen: Sequence[Row], device: str, seconds: float) -> list[Row]:
-    """Rounds over all variants until ``seconds`` are over, at least three counted ones; each round in the other direction, so
-    that no variant always follows the same one's caches."""
-    runs = [build(variant, device) for variant in chosen]
-    times: list[list[float]] = [[] for _ in runs]
-    started, rounds = time.monotonic(), 0
-    while rounds <= FEWEST_ROUNDS or (time.monotonic() - started) * (rounds + 1) / rounds < seconds:
-        order = range(len(runs)) if rounds % 2 else reversed(range(len(runs)))
-        for number in order:
-            took = timed(runs[number], device)
-            if rounds > 0:
-                times[number].append(took)
-        rounds += 1
+    """All variants in turns, for so many seconds."""
+    times = in_turns({number: build(variant, device) for number, variant in enumerate(chosen)}, seconds, FEWEST_ROUNDS)
     rows = []
-    for variant, took in zip(chosen, times, strict=True):
+    for variant, took in zip(chosen, times.values(), strict=True):
         low, median, high = statistics.quantiles(took, n=4)
         rows.append(variant | {"rounds": len(took), "median_seconds": median, "quartile1": low, "quartile3": high})
     return [row | _ratios(row, rows) for row in rows]
@@ -235,7 +202,7 @@ def growth(rows: Sequence[Row]) -> list[str]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = results_folder.parser(__doc__, "results/speed")
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--image-size", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[4])
@@ -244,7 +211,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--seconds", type=float, default=150, help="all rounds together, building not counted")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("results/speed"))
     asked = parser.parse_args(words)
     machine = environment.probe(asked.device)
     device = machine["device"]
@@ -258,11 +224,9 @@ def main(words: Sequence[str] | None = None) -> None:
         own = [variant for variant in chosen if variant["step"] == step]
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             rows += process.submit(measure, own, device, asked.seconds / len(asked.steps)).result()
-    asked.out.mkdir(parents=True, exist_ok=True)
-    write_csv(asked.out / "speed.csv", rows)
-    name = machine["gpu"] or f"{machine['cpu']}, {machine['cpu_threads']} threads"
-    (asked.out / "speed.md").write_text(markdown(rows, name), encoding="utf-8")
-    (asked.out / "environment.json").write_text(json.dumps(machine, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results_folder.write_csv(asked.out / "speed.csv", rows)
+    write_text(asked.out / "speed.md", markdown(rows, results_folder.machine_name(machine)))
+    write_json(asked.out / "environment.json", machine)
     print(f"{asked.out}: {len(rows)} variants, {min(r['rounds'] for r in rows)} rounds")
 
 

@@ -1,14 +1,19 @@
-"""The imports between pbbench's rooms, found in the source: ``python docs/imports.py`` prints the table of architecture.md."""
+"""The rooms of pbbench and the imports between them, found in the source, as the tables of architecture.md.
+
+``python docs/imports.py`` prints the imports, with each room's files and lines; ``--write`` puts both tables into the page.
+"""
 
 from __future__ import annotations
 
 import ast
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "architecture.md"
 FOLDERS = ("pbbench", "benchmarks", "experiments")
 
 
@@ -49,19 +54,59 @@ def _imported(path: Path, known: set[str]) -> set[str]:
     return found & known
 
 
-def table(files: Mapping[str, set[str]]) -> str:
-    """Markdown: a line per room, files, lines, and the rooms it imports with the number of import statements' targets."""
-    rooms = sorted({room_of(name) for name in files} - {"pbbench", "scripts"})
-    counts = Counter((room_of(a), room_of(b)) for a, found in files.items() for b in found)
-    rows = ["| room | files | lines | imports (files of the other room that are read) |", "|---|---:|---:|---|"]
-    for room in rooms:
-        place = ROOT / "pbbench" / room
-        paths = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-        lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
-        to = ", ".join(f"{other} {counts[room, other]}" for other in rooms if other != room and counts[room, other])
-        rows.append(f"| {room} | {len(paths)} | {lines:,} | {to or '–'} |")
+def arrows(files: Mapping[str, set[str]]) -> Counter[tuple[str, str]]:
+    """(room, another room) → how many of the first one's imports are of the other's files."""
+    pairs = Counter((room_of(one), room_of(other)) for one, found in files.items() for other in found)
+    return Counter(
+        {pair: count for pair, count in pairs.items() if pair[0] != pair[1] and not {"pbbench", "scripts"} & set(pair)}
+    )
+
+
+def imports_table(files: Mapping[str, set[str]], sizes: bool = False) -> str:
+    """Markdown: a line per room, a column per room that others import; each room stands after all that it imports, so that
+    nothing can stand right of the diagonal. ``sizes``: with files and lines.
+    """
+    counts = arrows(files)
+    needs = {room: sorted(to for one, to in counts if one == room) for room in sorted({room_of(name) for name in files})}
+    order = [room for room in TopologicalSorter(needs).static_order() if room not in ("pbbench", "scripts")]
+    columns = [room for room in order if any(to == room for _, to in counts)]
+    head = ["room", *(("files", "lines") if sizes else ()), *columns]
+    rows = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for room in order:
+        cells = [room, *(size_of(room) if sizes else ()), *(str(counts[room, to] or "") for to in columns)]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
+def size_of(room: str) -> tuple[str, str]:
+    """Files and lines."""
+    place = ROOT / "pbbench" / room
+    paths = list(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    return str(len(paths)), f"{sum(len(path.read_text(encoding='utf-8').splitlines()) for path in paths):,}"
+
+
+def rooms_table() -> str:
+    """Markdown: every folder of the package with the first line of its ``__init__.py``, rooms within rooms below theirs."""
+    rows = ["| room | what it is for |", "|---|---|"]
+    for init in sorted((ROOT / "pbbench").rglob("*/__init__.py")):
+        says = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
+        rows.append(f"| `{init.parent.relative_to(ROOT)}` | {says.splitlines()[0].rstrip('.')} |")
+    return "\n".join(rows)
+
+
+def up_to_date(page: str) -> str:
+    """The page with today's tables between their markers."""
+    for name, text in (("rooms", rooms_table()), ("imports", imports_table(imports_of(ROOT)))):
+        begin, end = f"<!-- {name}: python docs/imports.py --write -->", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(begin)
+        _, found, after = rest.partition(end)
+        assert found, f"the page has no {begin} … {end}"
+        page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    return page
+
+
 if __name__ == "__main__":
-    print(table(imports_of(ROOT)))
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(up_to_date(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(imports_table(imports_of(ROOT), sizes=True))

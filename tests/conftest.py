@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes that tests start inherit it
@@ -16,8 +17,17 @@ import pytest
 from pbbench.experiment.settings import ModelConfig
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files are handed to processes (``-n 2``) in the order given below, not those with the most tests first."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``cuda`` are skipped where there is no GPU."""
+    """Files with slow tests begin, so that none is left to one process at the end; tests marked ``cuda`` are skipped where
+    there is no GPU."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     needing = [item for item in items if item.get_closest_marker("cuda")]
     if not needing:
         return

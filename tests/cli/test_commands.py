@@ -1,6 +1,7 @@
 """The commands as a user runs them, end to end; bad input is one line on stderr, exit code 2, and nothing written over."""
 
 import json
+import subprocess
 import zipfile
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from command_line import pbbench
 from PIL import Image
 
+from pbbench.cli import app
+from pbbench.cli.options import run_app
 from pbbench.data.synthetic import scenes
 
 
@@ -17,6 +20,13 @@ def one_line(done, *told):
     assert done.stdout == ""
     for text in told:
         assert text in done.stderr
+
+
+def in_this_process(capfd, *words):
+    """What ``pbbench(*words)`` gives, without a process of its own."""
+    code = run_app(app, list(map(str, words)))
+    told = capfd.readouterr()
+    return subprocess.CompletedProcess(words, code, told.out, told.err)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +148,8 @@ def test_fid_without_weights_and_network_says_what_is_missing(folder, tmp_path):
         (("sweep", "--dividers", "2", "--set", 'sweep.checkpoints={2="absent"}', "--out", "{tmp}/s"), "absent"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_nothing_is_written(words, told, folder, trained, tiny_file, tmp_path):
+def test_bad_input_is_one_line_and_nothing_is_written(words, told, folder, trained, tiny_file, tmp_path, capfd):
+    """In this process, which has imported torch already; others of its kind run as a user runs them."""
     import torch
 
     if "cuda" in words and torch.cuda.is_available():
@@ -150,7 +161,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(words, told, folder, train
     places = {"folder": folder, "trained": trained, "tiny": tiny_file, "text": text, "tmp": out}
     given = [word if "=" in word and "{2" in word else word.format(**places) for word in words]
     before = sorted(path.name for path in folder.iterdir())
-    one_line(pbbench(*given), told)
+    one_line(in_this_process(capfd, *given), told)
     assert list(out.iterdir()) == []
     assert text.read_text() == "neither an image nor a network"
     assert sorted(path.name for path in folder.iterdir()) == before

@@ -1,4 +1,4 @@
-"""The README keeps its word: its two lines, every command, every file it points to."""
+"""The README keeps its word: its two lines, every command, preset and column. (What it points to: test_docs.py.)"""
 
 import re
 from pathlib import Path
@@ -22,11 +22,6 @@ def commands(app, group=""):
 @pytest.mark.parametrize("name", commands(cli.app))
 def test_every_command_has_a_place(name):
     assert f"`pbbench {name}" in README
-
-
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_every_link_leads_somewhere(link):
-    assert (ROOT / link).exists()
 
 
 def test_the_presets_it_names_exist():
