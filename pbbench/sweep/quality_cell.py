@@ -23,7 +23,7 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     """Raises what training, sampling or scoring raise; NanLossError where training's loss stops being a number."""
     import torch
 
-    from pbbench.data.held_out_split import training_and_held_out
+    from pbbench.data.images import training_and_held_out
     from pbbench.model.diffusion import Diffusion
     from pbbench.training.checkpoint import load_model
     from pbbench.training.generate import generate, save_images
