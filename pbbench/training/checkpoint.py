@@ -32,8 +32,6 @@ from pbbench.processes import is_main_process
 
 FORMAT = "pbbench-checkpoint"
 SCHEMA_VERSION = 1
-KEEP = 2
-"""Checkpoints of a run that stay on disk: the last, and one before it."""
 _FILES = {"ema": "ema.safetensors", "model": "model.safetensors"}
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -135,10 +133,13 @@ def set_aside_broken(out: Path, good: Path | None) -> None:
             os.replace(path, aside)
 
 
-def prune(out: Path, keep: int = KEEP) -> None:
-    """Remove all but the last ``keep`` checkpoints, and what a killed process left unfinished."""
+def prune(out: Path, keep: int = 2, keep_every: int | None = None) -> None:
+    """Remove all but the last ``keep`` checkpoints and those at multiples of ``keep_every`` steps, and what a killed process
+    left unfinished."""
     folder = out / "checkpoints"
     for old in checkpoints_of(out)[:-keep]:
+        if keep_every is not None and int(old.name.removeprefix("step-")) % keep_every == 0:
+            continue
         os.replace(old, folder / f".{old.name}.removed")  # a kill in mid-removal leaves no folder that looks complete
     for rest in folder.glob(".step-*"):
         shutil.rmtree(rest, ignore_errors=True)

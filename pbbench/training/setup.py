@@ -101,8 +101,8 @@ def draw_noise(
 
 _MAY_DIFFER = (
     "name", "device", "sampling.", "quality.", "sweep.", "slurm.", "data.source", "data.num_workers", "training.num_steps",
-    "training.max_seconds", "training.save_every", "training.sample_every", "training.num_grid_samples", "training.trackers",
-    "training.patch_batch_size", "training.recompute", "training.ema_device",
+    "training.max_seconds", "training.save_every", "training.keep_checkpoints", "training.keep_every", "training.sample_every",
+    "training.num_grid_samples", "training.trackers", "training.patch_batch_size", "training.recompute", "training.ema_device",
 )  # fmt: skip
 """Settings that a resumed run may change: its weights are the same within rounding. ``data.source`` may be moved or prepared;
 that it holds the same images is known by their fingerprint."""

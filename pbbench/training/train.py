@@ -214,8 +214,9 @@ class _Run:
                 folder, model=self.bare, ema_model=self.ema.network("cpu"), experiment=self.experiment, step=self.step,
                 images_seen=self.step * self.images_per_step, optimizer=self.adam, state=state,
             )  # fmt: skip
+            section = self.experiment.training
             with writing_to(self.out):
-                checkpoints.prune(self.out)
+                checkpoints.prune(self.out, section.keep_checkpoints, section.keep_every)
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
@@ -260,12 +261,14 @@ def _train(
         with writing_to(out):
             write_text(out / "experiment.toml", experiment.to_toml())
             checkpoints.set_aside_broken(out, resumed)
-            checkpoints.prune(out)
+            checkpoints.prune(out, section.keep_checkpoints, section.keep_every)
     if section.trackers:
         accelerator.init_trackers("pbbench", config={"experiment": experiment.to_toml()})
     main = accelerator.is_main_process
     if show_bar and main:
         print(f"images: {images.notice()}", file=sys.stderr)
+        if stale := section.stale_average():
+            print(f"pbbench: {stale}", file=sys.stderr)
     settle_every = 1 if accelerator.device.type == "cpu" else SETTLE_EVERY
     tolerated = SKIPPED_STEPS_TOLERATED if section.mixed_precision == "fp16" else 0
     pending: list[Tensor] = []
@@ -278,7 +281,7 @@ def _train(
         while run.step < section.num_steps and not stopping:
             pending.append(run.optimizer_step(batches))
             last = run.step == section.num_steps
-            saving = last or run.step % section.save_every == 0
+            saving = last or any(run.step % every == 0 for every in (section.save_every, section.keep_every) if every)
             drawing = section.sample_every > 0 and (last or run.step % section.sample_every == 0)
             if saving or drawing or run.step % settle_every == 0:
                 losses, stopping = run.settle(pending, stop.received is not None or time.monotonic() >= ends_at)
