@@ -248,11 +248,6 @@ class SamplingConfig(Section):
     to_uint8: Literal["round", "reference"] = "round"
     """Rounding to 8 bits; "reference" truncates, as released."""
 
-    def steps(self, num_train_timesteps: int) -> int:
-        """The number of network calls per image."""
-        default = {"ddpm": num_train_timesteps, "ddim": 50, "dpm++": 20}[self.sampler]
-        return min(self.num_inference_steps or default, num_train_timesteps)
-
 
 class QualityConfig(Section):
     metrics: Annotated[tuple[Literal["fid", "kid", "prc", "patch"], ...], Field(min_length=1)] = ("fid", "kid", "prc", "patch")

@@ -22,8 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pbbench.data.held_out_split import training_and_held_out
-from pbbench.data.images import ImageSet, to_x_start
+from pbbench.data.images import ImageSet, to_x_start, training_and_held_out
 from pbbench.data.loader import training_loader
 from pbbench.errors import InputError, writing_to
 from pbbench.experiment.experiment import Experiment

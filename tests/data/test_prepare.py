@@ -22,7 +22,8 @@ from PIL import Image
 
 from pbbench.cli.options import run_app
 from pbbench.data import prepare as preparing
-from pbbench.data.images import ImageSet, open_images, training_loader
+from pbbench.data.images import ImageSet, open_images
+from pbbench.data.loader import training_loader
 from pbbench.data.prepare import prepare
 from pbbench.data.synthetic import scene
 from pbbench.errors import InputError

@@ -17,9 +17,8 @@ from torch.autograd import gradcheck
 from pbbench.experiment.settings import DiffusionConfig, ModelConfig, SamplingConfig
 from pbbench.memory.tracer.live import trace
 from pbbench.model import attention, lean
-from pbbench.model.convolution import Convolution
 from pbbench.model.diffusion import Diffusion
-from pbbench.model.lean import channel_norm, norm_silu, recomputed, recomputing
+from pbbench.model.lean import Convolution, channel_norm, norm_silu, recomputed, recomputing
 from pbbench.model.reference import reference_name
 from pbbench.model.sampling import sample, sample_step
 from pbbench.model.unet import PatchUNet

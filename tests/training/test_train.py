@@ -20,8 +20,7 @@ from PIL import Image
 from tiny_training import WELL_CONDITIONED, files_of, state_of, tiny
 from torch import Tensor, nn
 
-from pbbench.data.held_out_split import training_and_held_out
-from pbbench.data.images import to_x_start
+from pbbench.data.images import to_x_start, training_and_held_out
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
 from pbbench.model.diffusion import Diffusion
