@@ -129,7 +129,7 @@ def sample(
         return sample_noise(config.seed, indices, step, shape, device).to(dtype)
 
     with autocast(device, config.mixed_precision):
-        for done, x in enumerate(SAMPLERS[config.sampler].way(model, diffusion, num_steps, draw, patches), start=1):
+        for done, x in enumerate(SAMPLERS[config.sampler].way(model, diffusion, num_steps, draw, patches), start=1):  # noqa: B007 (the last)
             if progress is not None:
                 progress(done, num_steps)
     return x.clamp_(-1, 1)

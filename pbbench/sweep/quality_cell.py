@@ -27,8 +27,7 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     from pbbench.model.diffusion import Diffusion
     from pbbench.model.sampling import num_inference_steps
     from pbbench.training.checkpoint import load_model
-    from pbbench.training.generate import generate, save_images
-    from pbbench.training.sample_grid import write_grid
+    from pbbench.training.generate import generate, save_images, write_grid
 
     device = torch.device(device_name)
     emit("phase", phase="train")

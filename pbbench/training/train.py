@@ -34,12 +34,12 @@ from pbbench.processes import failing_in_turn
 from pbbench.records.files import write_text
 from pbbench.training import checkpoint as checkpoints
 from pbbench.training.ema import ExponentialMovingAverage
+from pbbench.training.generate import save_sample_grid
+from pbbench.training.optimizers import build_optimizer
 from pbbench.training.progress import Progress, StopSignals
-from pbbench.training.sample_grid import save_sample_grid
 from pbbench.training.setup import (
     build_accelerator,
     build_network,
-    build_optimizer,
     check_folder,
     draw_noise,
     settle_gradient_buckets,
@@ -153,7 +153,7 @@ class _Run:
     diffusion: Diffusion
     bare: PatchUNet
     model: nn.Module
-    adam: torch.optim.Adam
+    bare_optimizer: torch.optim.Optimizer
     optimizer: Any
     ema: ExponentialMovingAverage
     fingerprint: str
@@ -212,7 +212,7 @@ class _Run:
             }
             checkpoints.write_checkpoint(
                 folder, model=self.bare, ema_model=self.ema.network("cpu"), experiment=self.experiment, step=self.step,
-                images_seen=self.step * self.images_per_step, optimizer=self.adam, state=state,
+                images_seen=self.step * self.images_per_step, optimizer=self.bare_optimizer, state=state,
             )  # fmt: skip
             section = self.experiment.training
             with writing_to(self.out):
@@ -221,7 +221,9 @@ class _Run:
 
     def restore(self, folder: Path) -> None:
         """Go back to a checkpoint. Raises InputError where it belongs to other data or another number of processes."""
-        state = checkpoints.load_training_state(folder, model=self.bare, ema_model=self.ema.model, optimizer=self.adam)
+        state = checkpoints.load_training_state(
+            folder, model=self.bare, ema_model=self.ema.model, optimizer=self.bare_optimizer
+        )
         try:
             processes, fingerprint, scaler = state["num_processes"], state["data_fingerprint"], state["scaler"]
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
@@ -312,9 +314,9 @@ def _start(experiment: Experiment, out: Path, accelerator: Any, images: ImageSet
     """The network with weights from the experiment's seed, its average and its optimizer, before the first step."""
     bare = build_network(experiment, accelerator.device)
     ema = ExponentialMovingAverage(bare, experiment.training)
-    adam = build_optimizer(bare, experiment.training)
-    model, optimizer = accelerator.prepare(bare, adam)
+    bare_optimizer = build_optimizer(bare, experiment.training)
+    model, optimizer = accelerator.prepare(bare, bare_optimizer)
     if accelerator.num_processes > 1:
         settle_gradient_buckets(model, experiment, accelerator.device)
     diffusion = Diffusion(experiment.diffusion, accelerator.device)
-    return _Run(experiment, out, accelerator, diffusion, bare, model, adam, optimizer, ema, images.fingerprint())
+    return _Run(experiment, out, accelerator, diffusion, bare, model, bare_optimizer, optimizer, ema, images.fingerprint())

@@ -28,7 +28,8 @@ from pbbench.training import progress
 from pbbench.training import train as training
 from pbbench.training.checkpoint import checkpoints_of, load_model
 from pbbench.training.ema import ExponentialMovingAverage
-from pbbench.training.setup import build_accelerator, build_network, build_optimizer, draw_noise
+from pbbench.training.optimizers import build_optimizer
+from pbbench.training.setup import build_accelerator, build_network, draw_noise
 from pbbench.training.train import train, train_step
 
 
