@@ -64,7 +64,8 @@ def save(path: Path, container: str, kind: str, size: tuple[int, int], num_image
 
 def images_per_second(path: Path, num_images: int) -> float:
     """An epoch of the training loader, or as many as fill a moment, after a first batch that opens files and fills caches."""
-    from pbbench.data.images import open_images, training_loader
+    from pbbench.data.images import open_images
+    from pbbench.data.loader import training_loader
     from pbbench.experiment.experiment import parse_experiment
 
     settings = {"model": {"image_size": SIZE[0]}, "training": {"batch_size": BATCH}, "data": {"num_workers": 0}}

@@ -67,7 +67,7 @@ def job(folder: Path, num_images: int) -> None:
     from pbbench.model.diffusion import Diffusion
     from pbbench.processes import joined_processes
     from pbbench.quality.fid import score
-    from pbbench.quality.image_sets import open_set
+    from pbbench.quality.score_sets import open_set
     from pbbench.training.checkpoint import load_model
     from pbbench.training.generate import draw, save_png
 

@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from pbbench.cli.options import whole_numbers
-from pbbench.cli.overrides import Device, ExperimentFile, Json, Preset, Settings, divider_section, laid_over
+from pbbench.cli.overrides import (
+    Device,
+    ExperimentFile,
+    Json,
+    Preset,
+    Settings,
+    divider_section,
+    laid_over,
+)
 from pbbench.errors import InputError
 from pbbench.experiment.presets import load_experiment
 from pbbench.processes import is_main_process

@@ -25,15 +25,13 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from pbbench.data import decode as decoding
+from pbbench.data import synthetic
 from pbbench.data.entries import Unreadable, notice, printable
-from pbbench.data.loader import training_loader
-from pbbench.data.prepare import DEFAULT_SYNTHETIC_IMAGES
-from pbbench.data.prepared import Prepared
+from pbbench.data.prepared_set import Prepared
 from pbbench.data.sources import open_source
 from pbbench.data.stores import LazyStore, MemoryStore, PreparedStore, SceneStore, Store
 from pbbench.errors import InputError
-
-__all__ = ["ImageSet", "load_image", "open_images", "to_x_start", "training_loader"]
+from pbbench.experiment.experiment import Experiment
 
 MEMORY_LIMIT_BYTES = 2**30
 
@@ -127,7 +125,7 @@ class ImageSet(Dataset[torch.Tensor]):
     def content_fingerprint(self) -> str:
         """As ``fingerprint``, but over whole files always, for what must not outlive any change of them: a folder too large to
         be decoded on opening is read once more."""
-        sums = self._store.checksums(self._first, self._count) if isinstance(self._store, LazyStore | PreparedStore) else []
+        sums = self._store.checksums(self._first, self._count)
         return hashlib.sha256(json.dumps([self.fingerprint(), sums]).encode()).hexdigest() if sums else self.fingerprint()
 
 
@@ -148,7 +146,7 @@ def open_images(
         raise InputError(f"num_images is {num_images}; it must be a positive number")
     bytes_per_image = 3 * size[0] * size[1]
     if source == "synthetic":
-        count = num_images or DEFAULT_SYNTHETIC_IMAGES
+        count = num_images or synthetic.DEFAULT_COUNT
         return ImageSet(SceneStore(size, count, seed, keep=count * bytes_per_image <= memory_limit_bytes))
     files = open_source(source)
     if isinstance(files, Prepared):
@@ -160,6 +158,21 @@ def open_images(
     if not len(store):
         raise InputError(f"{printable(source)} holds no readable image (jpg, jpeg, png, webp){_examples(store.skipped)}")
     return ImageSet(store)
+
+
+def training_and_held_out(experiment: Experiment) -> tuple[ImageSet, ImageSet | None]:
+    """(training images, held-out images) of ``experiment.data``, decided once for training, scoring and the held-out loss; None
+    where none are held out.
+
+    The last ``data.num_held_out`` images are kept back, at most a tenth of the set. A set's order has nothing to do with what
+    its images show (see ``open_images``), so both parts are random choices.
+    """
+    data = experiment.data
+    images = open_images(data.source, experiment.model.size, data.num_images, experiment.data_seed)
+    held_out = min(data.num_held_out, len(images) // 10)
+    if not held_out:
+        return images, None
+    return images.subset(0, len(images) - held_out), images.subset(len(images) - held_out, len(images))
 
 
 def _examples(skipped: list[Unreadable]) -> str:

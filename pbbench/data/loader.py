@@ -16,19 +16,16 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from pbbench.data.entries import Unreadable
+from pbbench.data.images import ImageSet
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
-
-if TYPE_CHECKING:
-    from pbbench.data.entries import Unreadable
-    from pbbench.data.images import ImageSet
 
 _AHEAD = 4  # batches prepared before they are asked for
 
@@ -65,7 +62,7 @@ class Order:
         return np.concatenate(indices), np.concatenate(flips)
 
 
-Prepared = tuple[torch.Tensor | None, list["Unreadable"]]
+Prepared = tuple[torch.Tensor | None, list[Unreadable]]
 """A batch (None: no image of the set can be read any more) and the files that proved unreadable on the way."""
 
 

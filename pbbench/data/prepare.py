@@ -1,4 +1,4 @@
-"""``pbbench data prepare``: packs a source of images once, as ``prepared.py`` describes, so that training need not decode.
+"""``pbbench data prepare``: packs a source of images once, as ``prepared_set.py`` describes, so that training need not decode.
 
 Shards are made in order, each from where the last one ended in the source's order; a shard is written aside, flushed and
 renamed, then its record, and the index last of all. So whatever a killed process leaves under a proper name is whole, and
@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 from pbbench import __version__
 from pbbench.data import decode, synthetic
 from pbbench.data.entries import HEAD_BYTES, Entry, Unreadable, load_in_order, printable, read_bytes, useful_threads
-from pbbench.data.lsun import Lmdb
-from pbbench.data.prepared import (
+from pbbench.data.prepared_set import (
     FORMAT,
     FORMAT_VERSION,
     INDEX,
@@ -38,14 +37,13 @@ from pbbench.data.prepared import (
     record_file,
     shard_file,
 )
-from pbbench.data.sources import Folder, Zip, open_source
+from pbbench.data.sources import Folder, Lmdb, Zip, open_source
 from pbbench.errors import InputError, one_line
 
 SHARD_BYTES = 2**30
 """A mapped shard holds a file descriptor: LSUN's three million bedrooms at 256 × 256 are 560, within the usual 1,024."""
 MOST_BROKEN_IN_A_ROW = 1000
 """More is not damage but a disk that went away; recording the rest of the set as broken would finish it without them."""
-DEFAULT_SYNTHETIC_IMAGES = 10_000
 
 Outcome = tuple[Any, NDArray[np.uint8]] | Unreadable
 """(what the record says of the image, its uint8 (3, H, W)), or why there is none."""
@@ -106,7 +104,7 @@ def prepare(
     by a process that is still at it, the disk is full, or the source seems to have gone away. What was finished then stays."""
     reader: _Files | _Scenes
     if source == "synthetic":
-        reader = _Scenes(size, num_images or DEFAULT_SYNTHETIC_IMAGES)
+        reader = _Scenes(size, num_images or synthetic.DEFAULT_COUNT)
     else:
         opened = open_source(source)
         if isinstance(opened, Prepared):

@@ -1,17 +1,13 @@
 """Where an ``ImageSet`` has its pixels: decoded files in memory, files decoded as they are asked for, files that were decoded
 once and lie on disk as arrays, or built-in scenes.
-
-Each store answers the same questions: ``len``; ``read``, the images of some numbers, counted from ``first`` in a part of
-``count``; ``describe``; ``identity``, the facts a fingerprint is made of; ``in_memory``, is reading free; ``skipped``.
 """
 
 from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,10 +15,19 @@ from numpy.typing import NDArray
 
 from pbbench.data import synthetic
 from pbbench.data.decode import check_header, decode, quiet
-from pbbench.data.entries import HEAD_BYTES, Entry, Source, Unreadable, attempt, load_in_order, read_bytes, useful_threads
-from pbbench.data.lsun import Lmdb
-from pbbench.data.prepared import Prepared
-from pbbench.data.sources import Zip
+from pbbench.data.entries import (
+    HEAD_BYTES,
+    Entry,
+    Result,
+    Source,
+    Unreadable,
+    attempt,
+    load_in_order,
+    read_bytes,
+    useful_threads,
+)
+from pbbench.data.prepared_set import Prepared
+from pbbench.data.sources import Lmdb, Zip
 from pbbench.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -30,28 +35,32 @@ logger = logging.getLogger(__name__)
 Indices = NDArray[np.int64]
 
 
-class Store(Protocol):
-    size: tuple[int, int]
-    in_memory: bool
-    skipped: list[Unreadable]
+class Store:
+    """What ``ImageSet`` asks of all of them. ``in_memory``: reading is free; ``skipped``: unreadable files, as far as known."""
 
-    def __len__(self) -> int: ...
-    def record(self, found: Iterable[Unreadable]) -> None: ...
-    def read(self, indices: Indices, first: int, count: int) -> torch.Tensor: ...
-    def describe(self, count: int) -> str: ...
-    def identity(self, first: int, count: int) -> Iterable[object]: ...
-
-
-class _FileStore:
-    """What the two stores of files share: the readable entries, and the unreadable ones by name."""
-
-    def __init__(self, source: Source, size: tuple[int, int]) -> None:
-        self.size, self.name = size, source.name
-        self.skipped: list[Unreadable] = [Unreadable(*refused) for refused in source.refused]
-        self._entries: Sequence[Entry] = []
+    def __init__(
+        self, name: str, size: tuple[int, int], count: int, *, in_memory: bool, skipped: Iterable[tuple[str, str]] = ()
+    ) -> None:
+        self.name, self.size, self.in_memory, self._count = name, size, in_memory, count
+        self.skipped: list[Unreadable] = [Unreadable(*pair) for pair in skipped]
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._count
+
+    def read(self, indices: Indices, first: int, count: int) -> torch.Tensor:
+        """uint8 (N, 3, H, W): the images of these numbers, counted from ``first``, in a part of ``count``."""
+        raise NotImplementedError
+
+    def describe(self, count: int) -> str:
+        raise NotImplementedError
+
+    def identity(self, first: int, count: int) -> Iterable[object]:
+        """The facts that a fingerprint is made of."""
+        raise NotImplementedError
+
+    def checksums(self, first: int, count: int) -> list[int]:
+        """Of the files behind a set whose ``identity`` knows less than all of them; none where it does."""
+        return []
 
     def record(self, found: Iterable[Unreadable]) -> None:
         """Put files that proved unreadable on ``skipped``, each once, with a word in the log."""
@@ -59,6 +68,24 @@ class _FileStore:
             if unreadable not in self.skipped:
                 self.skipped.append(unreadable)
                 logger.warning("%s: %s cannot be read (%s); the next image stands in for it", self.name, *unreadable)
+
+
+class _FileStore(Store):
+    """What the two stores of files share."""
+
+    _entries: Sequence[Entry] = ()
+
+    def _loaded(self, source: Source, load: Callable[[Entry], Result]) -> Iterator[Result]:
+        """What ``load`` makes of the files that it can read, as many as are wanted; the others are put on ``skipped``."""
+        for outcome in load_in_order(source.entries, self._count, load, useful_threads(source.entries)):
+            if isinstance(outcome, Unreadable):
+                self.skipped.append(outcome)
+            else:
+                yield outcome
+        self.skipped.sort()
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def describe(self, count: int) -> str:
         return f"{self.name}: {count:,} images, {len(self.skipped):,} skipped"
@@ -70,10 +97,8 @@ class _FileStore:
 class MemoryStore(_FileStore):
     """Every readable file decoded on opening into one uint8 tensor; a whole-file CRC-32 is taken on the way."""
 
-    in_memory = True
-
     def __init__(self, source: Source, size: tuple[int, int], wanted: int) -> None:
-        super().__init__(source, size)
+        super().__init__(source.name, size, wanted, in_memory=True, skipped=source.refused)
         self._memory = torch.empty((wanted, 3, *size), dtype=torch.uint8)
 
         def load(entry: Entry) -> tuple[Entry, NDArray[np.uint8]]:
@@ -81,14 +106,10 @@ class MemoryStore(_FileStore):
             return replace(entry, crc=zlib.crc32(data)), decode(data, size)
 
         entries: list[Entry] = []
-        for outcome in load_in_order(source.entries, wanted, load, useful_threads(source.entries)):
-            if isinstance(outcome, Unreadable):
-                self.skipped.append(outcome)
-            else:
-                self._memory[len(entries)] = torch.from_numpy(outcome[1])
-                entries.append(outcome[0])
+        for entry, pixels in self._loaded(source, load):
+            self._memory[len(entries)] = torch.from_numpy(pixels)
+            entries.append(entry)
         self._entries = entries
-        self.skipped.sort()
 
     def read(self, indices: Indices, first: int, count: int) -> torch.Tensor:
         return torch.from_numpy(self._memory.numpy()[indices + first])
@@ -98,10 +119,8 @@ class LazyStore(_FileStore):
     """A set too large for memory: headers checked on opening, files decoded when asked for. Of an LMDB not even headers are
     read: its images are millions, and have come from where they were checked."""
 
-    in_memory = False
-
     def __init__(self, source: Source, size: tuple[int, int], wanted: int) -> None:
-        super().__init__(source, size)
+        super().__init__(source.name, size, wanted, in_memory=False, skipped=source.refused)
         self._source = source
 
         def check(entry: Entry) -> Entry:
@@ -112,12 +131,7 @@ class LazyStore(_FileStore):
                 check_header(file)
             return entry
 
-        if isinstance(source, Lmdb):
-            self._entries = source.entries[:wanted]
-            return
-        outcomes = list(load_in_order(source.entries, wanted, check, useful_threads(source.entries)))
-        self._entries = [outcome for outcome in outcomes if isinstance(outcome, Entry)]
-        self.skipped = sorted([*self.skipped, *(outcome for outcome in outcomes if isinstance(outcome, Unreadable))])
+        self._entries = source.entries[:wanted] if isinstance(source, Lmdb) else list(self._loaded(source, check))
 
     def checksums(self, first: int, count: int) -> list[int]:
         """Of a folder's files, whose starts alone stand in ``identity``; all of them are read. −1: cannot be read any more."""
@@ -147,20 +161,14 @@ class LazyStore(_FileStore):
         raise InputError(f"no image of {self.name} can be read any more")
 
 
-class PreparedStore:
+class PreparedStore(Store):
     """A set that was decoded once: images are copied out of mapped files, so that the system's cache serves every process.
 
     ``lazily``: whether the set it was made from would be decoded as it is used, and known by less than its whole files."""
 
     def __init__(self, prepared: Prepared, wanted: int, lazily: bool) -> None:
-        self.size, self.in_memory, self._prepared, self._count = prepared.size, not lazily, prepared, wanted
-        self.skipped: list[Unreadable] = list(prepared.broken)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def record(self, found: Iterable[Unreadable]) -> None:
-        self.skipped.extend(found)  # nothing: damage to a shard is no image's
+        super().__init__(prepared.name, prepared.size, wanted, in_memory=not lazily, skipped=prepared.broken)
+        self._prepared = prepared
 
     def read(self, indices: Indices, first: int, count: int) -> torch.Tensor:
         images = np.empty((len(indices), 3, *self.size), np.uint8)
@@ -180,26 +188,19 @@ class PreparedStore:
             yield [name, size, crc if self.in_memory else listed]
 
     def checksums(self, first: int, count: int) -> list[int]:
-        """Of the files behind a set whose ``identity`` knows less than all of them."""
         if self.in_memory or self._prepared.kind == "synthetic":
             return []
         return [crc for _, _, crc, _ in self._prepared.images(first, count)]
 
 
-class SceneStore:
+class SceneStore(Store):
     """The built-in scenes: drawn when first asked for and, where the whole set fits the memory limit, kept."""
 
     def __init__(self, size: tuple[int, int], count: int, seed: int, keep: bool) -> None:
-        self.size, self.seed, self.in_memory, self._count = size, seed, keep, count
-        self.skipped: list[Unreadable] = []
+        super().__init__("synthetic scenes", size, count, in_memory=keep)
+        self.seed = seed
         self._kept = torch.empty((count if keep else 0, 3, *size), dtype=torch.uint8)
         self._drawn = np.zeros(count if keep else 0, bool)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def record(self, found: Iterable[Unreadable]) -> None:
-        self.skipped.extend(found)  # nothing: a scene is always readable
 
     def read(self, indices: Indices, first: int, count: int) -> torch.Tensor:
         numbers = indices + first
@@ -213,7 +214,7 @@ class SceneStore:
         return torch.from_numpy(kept[numbers])
 
     def describe(self, count: int) -> str:
-        return f"synthetic scenes, seed {self.seed}: {count:,} images"
+        return f"{self.name}, seed {self.seed}: {count:,} images"
 
     def identity(self, first: int, count: int) -> list[object]:
         return scene_identity(self.seed, first, count)

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 VERSION = 2
 """Part of a data set's fingerprint: raise it whenever the same seed gives another picture."""
+DEFAULT_COUNT = 10_000
+"""Images of the set where no number is given."""
 NUM_SHAPES = 5
 _DRAWS_PER_SCENE = 40 + 12 * NUM_SHAPES  # more than are used, so that a scene can gain a detail without changing elsewhere
 _PIXELS_PER_CHUNK = 65_536  # enough to hide the cost of a call, little enough for a core's cache

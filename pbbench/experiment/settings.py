@@ -4,6 +4,7 @@ meaning and check. No torch here.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -24,6 +25,9 @@ Recompute = Literal["none", "cheap", "full"]
 Positive = Annotated[int, Field(gt=0)]
 Side = Annotated[int, Field(gt=0, le=65_536)]
 NonNegative = Annotated[int, Field(ge=0)]
+
+STALE_SHARE = 0.05
+"""Of the averaged weights' start: more than this left at the end of the budget is warned of."""
 
 
 def resolve_patch_batch_size(setting: PatchBatchSize | None, batch_size: int, patch_divider: int) -> int:
@@ -161,10 +165,15 @@ class TrainingConfig(Section):
     """Adam's step size."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
     """Decay of the exponential moving average of the weights."""
+    ema_warmup: bool = False
+    """The decay of the average's update after n others is at most (1 + n) / (10 + n), so that the weights it starts from are
+    soon forgotten (the ``num_updates`` of TensorFlow's tf.train.ExponentialMovingAverage); false, as released: ema_decay."""
     ema_update_every: Positive = 10
     """Optimizer steps between two updates of the average."""
+    ema_update_phase: NonNegative = 0
+    """Which steps those are: with ema_update_every 10, 0 is after steps 10, 20, ..., and 1 after 1, 11, ..., as released."""
     ema_start_step: NonNegative = 2000
-    """Before this step the average is a plain copy of the weights."""
+    """Before this step the average is a plain copy of the weights; the first update starts from the copy that was due last."""
     ema_device: Literal["same", "cpu"] = "same"
     """Where the average is kept: beside the weights, or in the host's memory (each update copies the weights there)."""
     ema_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -181,12 +190,46 @@ class TrainingConfig(Section):
     (each level of the network, by activation checkpointing, and the cheap parts within it)."""
     save_every: Positive = 2000
     """Steps between checkpoints (the last step is always saved)."""
+    keep_checkpoints: Positive = 2
+    """The last checkpoints that stay; older ones are removed."""
+    keep_every: Positive | None = None
+    """Steps between checkpoints that stay for good, each written whether or not save_every falls on it; absent: none does."""
     sample_every: NonNegative = 2000
     """Steps between sample grids; 0: none."""
     num_grid_samples: Positive = 36
     """Images of a sample grid."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers to report the loss to; each needs its extra."""
+
+    @model_validator(mode="after")
+    def _phase_is_below_the_period(self) -> TrainingConfig:
+        every, phase = self.ema_update_every, self.ema_update_phase
+        if phase >= every:
+            raise ValueError(f"ema_update_phase {phase} does not fit: it must be below ema_update_every, which is {every}")
+        return self
+
+    def ema_updates(self, step: int) -> int:
+        """How often the average has been updated once ``step`` optimizer steps are done; the plain copies do not count."""
+        every, phase, first = self.ema_update_every, self.ema_update_phase, max(self.ema_start_step, 1)
+        return max(0, (step - phase) // every - (first - 1 - phase) // every)
+
+    def ema_decay_after(self, updates: int) -> float:
+        """The decay of the update that so many went before."""
+        return min(self.ema_decay, (1 + updates) / (10 + updates)) if self.ema_warmup else self.ema_decay
+
+    def stale_average(self) -> str | None:
+        """One line where, at the end of the budget, the average still gives more than a twentieth of its weight to what it
+        started from: samples would then show weights that were hardly trained. None where it does not."""
+        if self.num_steps < self.ema_start_step:
+            return None  # a plain copy to the end
+        updates = self.ema_updates(self.num_steps)
+        share = math.prod(self.ema_decay_after(n) for n in range(updates))
+        if share <= STALE_SHARE:
+            return None
+        return (
+            f"the averaged weights, which are what is sampled, will be {share:.0%} those of step {self.ema_start_step} ("
+            f"ema_decay {self.ema_decay:g} over {updates:,} updates); set training.ema_warmup=true, or a smaller ema_decay"
+        )
 
 
 class SamplingConfig(Section):
@@ -204,11 +247,6 @@ class SamplingConfig(Section):
     """Noise comes from (seed, image index, step), whatever the batch, chunk or number of processes."""
     to_uint8: Literal["round", "reference"] = "round"
     """Rounding to 8 bits; "reference" truncates, as released."""
-
-    def steps(self, num_train_timesteps: int) -> int:
-        """The number of network calls per image."""
-        default = {"ddpm": num_train_timesteps, "ddim": 50, "dpm++": 20}[self.sampler]
-        return min(self.num_inference_steps or default, num_train_timesteps)
 
 
 class QualityConfig(Section):

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pbbench.model.lean import wide
 
-def sinusoidal(t: Tensor, width: int) -> Tensor:
-    """Timesteps (R) as sines then cosines of frequencies exp(−ln(10000)·i / (width/2 − 1)): R × width, float32."""
+
+def sinusoidal(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Timesteps (R) as sines then cosines of frequencies exp(−ln(10000)·i / (width/2 − 1)): R × width, in ``dtype``."""
     half = width // 2
-    # In float32, as released: rounding a frequency differently moves its angle by up to t times that.
+    # The frequencies in float32, as released, whatever the dtype: rounded differently, one moves its angle by t times that.
     frequencies = torch.exp(torch.arange(half, device=t.device) * -(math.log(10_000) / (half - 1)))
-    angles = t[:, None] * frequencies
+    angles = t[:, None] * frequencies.to(dtype)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
@@ -37,7 +39,9 @@ class Embedding(nn.Module):
 
     def when(self, t: Tensor) -> Tensor:
         """Of timesteps (int64, any number R): R × 4·dim."""
-        return F.linear(F.gelu(self.time(sinusoidal(t, self.dim))), self.join.weight[:, : self.dim], self.join.bias)
+        dtype = self.time.weight.dtype
+        waves = sinusoidal(t, self.dim, wide(dtype)).to(dtype)
+        return F.linear(F.gelu(self.time(waves)), self.join.weight[:, : self.dim], self.join.bias)
 
     def where(self, position: Tensor) -> Tensor:
         """Of one-hot patch indices R × num_patches: R × 4·dim."""

@@ -4,7 +4,7 @@ Shapes: R rows (patches in the pass), C channels, h × w pixels of the current l
 Sources: Ho et al. 2020 (residual blocks), Nichol and Dhariwal 2021 (scale and shift), Shen et al. 2021 (linear attention),
 put together as in the code released with Arakawa et al. 2023, whose trained weights must load (``reference.py``).
 Under autocast maps have the lower precision and the statistics of a normalisation float32.
-How the parts do with little memory is in ``lean`` (normalisations), ``attention`` and ``convolution``; here is what they are.
+How the parts do with little memory is in ``lean`` and ``attention``; here is what they are.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pbbench.model.attention import HEAD_WIDTH, HEADS, linear_attention
-from pbbench.model.convolution import Convolution
-from pbbench.model.lean import channel_norm, norm_silu, recomputed, recomputing
+from pbbench.model.lean import Convolution, channel_norm, norm_silu, recomputed, recomputing
 
 
 class ChannelLayerNorm(nn.Module):

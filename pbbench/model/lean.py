@@ -1,9 +1,10 @@
-"""Normalisations that keep little: the same mathematics as torch's own layers, with fewer tensors alive.
+"""Layers that keep little: the same mathematics as torch's own, with fewer tensors alive.
 
 ``norm_silu``: group normalisation, scale and shift, SiLU. As layers they keep four maps for backward; here it is one, the
 input, with a mean and a deviation per group. ``channel_norm``: normalisation over the channels, which keeps its input alone.
 Both compute again in backward what is one cheap pass over the map. ``recomputed`` goes further: the result itself, which the
-next convolution would keep, is made again when that convolution's backward asks for it.
+next convolution would keep, is made again when that convolution's backward asks for it. ``Convolution``
+copies less at a time.
 
 Shapes: R rows, C channels, hw pixels, G groups. Statistics are float32 (float64 for float64), whatever the maps are; maps of
 16 bits are widened piece by piece, so that no whole map exists in float32. Without gradients the same code runs and keeps
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
@@ -240,3 +241,23 @@ def _place(whole: Tensor | None, part: Tensor, like: Tensor, at: tuple[slice, sl
     whole = torch.empty_like(like) if whole is None else whole
     whole[at] = part
     return whole
+
+
+class Convolution(nn.Conv2d):
+    """nn.Conv2d; on a CPU, without gradients, weights above 32 MiB are applied in pieces of the output's channels.
+
+    oneDNN copies the weights into an order of its own at each call. The C library maps a copy of more than 32 MiB afresh every
+    time, page by page, which takes longer than convolving the small maps of a chunk's deepest levels; a smaller copy lies where
+    the one before lay.
+    """
+
+    LARGEST_COPY = 2**25
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = -(-self.weight.numel() * self.weight.element_size() // self.LARGEST_COPY)
+        few_pixels = self.out_channels * x[:, 0].numel() <= self.weight.numel()  # the pieces and the whole exist together
+        if pieces == 1 or not few_pixels or x.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(x)
+        biases = self.bias.chunk(pieces) if self.bias is not None else [None] * pieces
+        weights = self.weight.chunk(pieces)
+        return torch.cat([self._conv_forward(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=1)

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pbbench.errors import InputError
-from pbbench.model.checks import check_rows
 
 
 def row_chunks(num_rows: int, patch_batch_size: int | None) -> list[slice]:
@@ -31,6 +30,17 @@ def row_chunks(num_rows: int, patch_batch_size: int | None) -> list[slice]:
         raise InputError(f"patch_batch_size is {patch_batch_size}; it must be at least 1 (or None for all patches in one pass)")
     step = min(patch_batch_size or num_rows, num_rows)
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+
+
+def check_rows(rows: slice | None, num_images: int, d: int) -> slice:
+    """``rows`` with both ends filled in; None is every row. Raises InputError for an empty, strided or overlong slice."""
+    total = num_images * d * d
+    if rows is None:
+        return slice(0, total)
+    start, stop = rows.start or 0, total if rows.stop is None else rows.stop
+    if rows.step not in (None, 1) or not 0 <= start < stop <= total:
+        raise InputError(f"rows {rows} do not fit {num_images} images of {d}×{d} patches: 0 ≤ start < stop ≤ {total}")
+    return slice(start, stop)
 
 
 def segments(rows: slice, num_images: int, d: int) -> Iterator[tuple[int, int, slice]]:

@@ -22,37 +22,29 @@ from pbbench.experiment.settings import DiffusionConfig, ModelConfig
 from pbbench.model.unet import PatchUNet
 
 OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample"}
-MODEL_FIELDS = {  # the release's name → ours; absent or null: the release's default, which is also ours
-    "dim": "dim",
-    "dim_mults": "dim_mults",
-    "image_size": "image_size",
-    "channels": "channels",
-    "out_dim": "out_channels",
-    "patch_divider": "patch_divider",
-    "init_dim": "init_dim",
-    "resnet_block_groups": "resnet_block_groups",
-}
+SAME_FIELDS = ("dim", "dim_mults", "image_size", "channels", "patch_divider", "init_dim", "resnet_block_groups")
+MODEL_FIELDS = {**{name: name for name in SAME_FIELDS}, "out_dim": "out_channels"}
+"""The release's name → ours; absent or null: the release's default, which is also ours."""
 
-# Our module → the release's, outermost first; {n} stays, {up} counts decoder levels.
+# Our module → the release's, outermost first.
 NAMES = (
     (r"^embedding\.time\.", "_embedding._time_embedding_layer.1."),
     (r"^embedding\.position\.", "_embedding._pos_embedding_layer.0."),
     (r"^embedding\.join\.", "_embedding._mapping.0."),
     (r"^stem\.", "_patched_encoder._init_conv."),
-    (r"^encoder\.(\d+)\.residual1\.", r"_patched_encoder._downsLayers.\1.0."),
-    (r"^encoder\.(\d+)\.residual2\.", r"_patched_encoder._downsLayers.\1.1."),
-    (r"^encoder\.(\d+)\.attention\.", r"_patched_encoder._downsLayers.\1.2."),
-    (r"^encoder\.(\d+)\.downsample\.", r"_patched_encoder._downsLayers.\1.3."),
     (r"^middle1\.", "_patched_decoder.mid_block1."),
     (r"^middle_attention\.out\.", "_patched_decoder.mid_attn.fn.fn.to_out."),
     (r"^middle_attention\.", "_patched_decoder.mid_attn."),
     (r"^middle2\.", "_patched_decoder.mid_block2."),
-    (r"^decoder\.(\d+)\.residual1\.", r"_patched_decoder.ups.\1.0."),
-    (r"^decoder\.(\d+)\.residual2\.", r"_patched_decoder.ups.\1.1."),
-    (r"^decoder\.(\d+)\.attention\.", r"_patched_decoder.ups.\1.2."),
-    (r"^decoder\.(\d+)\.upsample\.", r"_patched_decoder.ups.\1.3."),
     (r"^head\.", "_patched_decoder.final_conv.0."),
     (r"^projection\.", "_patched_decoder.final_conv.1."),
+    (r"^encoder\.", "_patched_encoder._downsLayers."),
+    (r"^decoder\.", "_patched_decoder.ups."),
+    # inside a level
+    (r"\.residual1\.", ".0."),
+    (r"\.residual2\.", ".1."),
+    (r"\.attention\.", ".2."),
+    (r"\.(down|up)sample\.", ".3."),
     # inside a residual block
     (r"\.(block[12])\.conv\.", r".\1.proj."),
     (r"\.modulation\.", ".mlp.1."),

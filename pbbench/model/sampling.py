@@ -1,4 +1,4 @@
-"""From noise to images: samplers as free functions of a model.
+"""From noise to images: samplers as free functions of a model; ``SAMPLERS`` is the place to add one.
 
 ``sample_step`` is one ancestral step of DDPM, ours, and the function that memory measurements run. DDIM and DPM-Solver++ go
 through diffusers' multistep solver, which is handed the clipped x_start, whatever the network predicts.
@@ -9,7 +9,8 @@ one process or eight, whatever the patches per pass (its noise to the bit, its p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -106,46 +107,69 @@ def sample(
     indices: Sequence[int],
     *,
     device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Draw the images with these indices, as one batch of ``model.config.size``: N C H W, float32, in [−1, 1].
+    """Draw the images with these indices, as one batch of ``model.config.size``: N C H W, in [−1, 1].
 
     Args:
         model, diffusion: on ``device``.
         indices: which images of ``config.seed``; the same index gives the same image in any batch.
+        dtype: of the weights and so of the images; the noise is drawn in float32 whatever it is.
         progress: called after each network step with (done, total).
     Raises: InputError without indices.
     """
     if len(indices) == 0:
         raise InputError("no image indices to sample; ask for at least one image")
-    shape = (model.config.channels, *model.config.size)
-    num_steps = config.steps(len(diffusion))
+    num_steps = num_inference_steps(config, len(diffusion))
     patches = resolve_patch_batch_size(config.patch_batch_size, len(indices), model.config.patch_divider)
-    x = sample_noise(config.seed, indices, 0, shape, device)
 
-    if config.sampler == "ddpm":
-        chain = diffusion
-        if num_steps < len(diffusion):
-            chain = diffusion.respaced(inference_timesteps(len(diffusion), num_steps, "linspace"))
-        with autocast(device, config.mixed_precision):
-            for done, t in enumerate(reversed(range(num_steps)), start=1):
-                draw = partial(sample_noise, config.seed, indices, done, shape, device) if t > 0 else None
-                x = sample_step(model, chain, x, t, draw, patches)
-                if progress is not None:
-                    progress(done, num_steps)
-        return x.clamp_(-1, 1)
+    def draw(step: int) -> Tensor:
+        shape = (model.config.channels, *model.config.size)
+        return sample_noise(config.seed, indices, step, shape, device).to(dtype)
 
-    solver = multistep_solver(diffusion, order=1 if config.sampler == "ddim" else 2)
-    timesteps = inference_timesteps(len(diffusion), num_steps, "trailing")
-    solver.set_timesteps(timesteps=timesteps)
     with autocast(device, config.mixed_precision):
-        for done, t in enumerate(timesteps, start=1):
-            steps = torch.full((len(indices),), t, device=x.device)
-            x_start = _predict_x_start(model, diffusion, x, steps, patches)
-            x = solver.step(x_start, t, x, return_dict=False)[0]
+        for done, x in enumerate(SAMPLERS[config.sampler].way(model, diffusion, num_steps, draw, patches), start=1):  # noqa: B007 (the last)
             if progress is not None:
                 progress(done, num_steps)
     return x.clamp_(-1, 1)
+
+
+def num_inference_steps(config: SamplingConfig, num_train_timesteps: int) -> int:
+    """Network calls per image: the setting's, else the sampler's own number; never more than the chain has steps."""
+    default = SAMPLERS[config.sampler].default_steps or num_train_timesteps
+    return min(config.num_inference_steps or default, num_train_timesteps)
+
+
+# The samplers. Each is a generator that yields x after every network call, the last time x_0; ``draw(0)`` is x_T, ``draw(k)``
+# the noise of the k-th step.
+
+
+def ancestral(
+    model: PatchUNet, diffusion: Diffusion, num_steps: int, draw: Callable[[int], Tensor], patches: int
+) -> Iterator[Tensor]:
+    """``sample_step`` down the chain, or one that visits fewer timesteps."""
+    chain = diffusion
+    if num_steps < len(diffusion):
+        chain = diffusion.respaced(inference_timesteps(len(diffusion), num_steps, "linspace"))
+    x = draw(0)
+    for done, t in enumerate(reversed(range(num_steps)), start=1):
+        x = sample_step(model, chain, x, t, partial(draw, done) if t > 0 else None, patches)
+        yield x
+
+
+def multistep(
+    model: PatchUNet, diffusion: Diffusion, num_steps: int, draw: Callable[[int], Tensor], patches: int, *, order: Literal[1, 2]
+) -> Iterator[Tensor]:
+    """diffusers' solver, without noise on the way."""
+    solver = multistep_solver(diffusion, order)
+    timesteps = inference_timesteps(len(diffusion), num_steps, "trailing")
+    solver.set_timesteps(timesteps=timesteps)
+    x = draw(0)
+    for t in timesteps:
+        steps = torch.full((len(x),), t, device=x.device)
+        x = solver.step(_predict_x_start(model, diffusion, x, steps, patches), t, x, return_dict=False)[0]
+        yield x
 
 
 # Lu et al. 2022 (DPM-Solver++), algorithm 2; its first order is DDIM with η = 0 (section 4.1)
@@ -168,6 +192,23 @@ def multistep_solver(diffusion: Diffusion, order: Literal[1, 2]) -> Any:
     # From float32 betas, 1 − ᾱ cancels near t = 0: hand over what was computed in float64.
     solver.alphas_cumprod = diffusion.alphas_cumprod_float64.cpu()
     return solver
+
+
+@dataclass(frozen=True)
+class Sampler:
+    way: Callable[[PatchUNet, Diffusion, int, Callable[[int], Tensor], int], Iterator[Tensor]]
+    default_steps: int | None
+    """Network calls per image where none are asked for; None: one per timestep of training."""
+    words: str = ""
+    """What the setting's help says beside the name."""
+
+
+SAMPLERS = {
+    "ddpm": Sampler(ancestral, None, "ancestral, as released"),
+    "ddim": Sampler(partial(multistep, order=1), 50),
+    "dpm++": Sampler(partial(multistep, order=2), 20, "DPM-Solver++ 2M"),
+}
+"""``sampling.sampler`` → what it is. The setting, which knows no torch, names the same ones (a test compares them)."""
 
 
 def to_uint8(x: Tensor, rounding: Literal["round", "reference"] = "round") -> Tensor:

@@ -19,20 +19,11 @@ from torch import Tensor, nn
 
 from pbbench.errors import InputError
 from pbbench.experiment.settings import ModelConfig, Recompute
-from pbbench.model.checks import check_images, check_rows
+from pbbench.model import patching
 from pbbench.model.embedding import Embedding
 from pbbench.model.layers import LinearAttention, ResidualBlock, SelfAttention
 from pbbench.model.lean import recomputing
-from pbbench.model.patching import (
-    global_content,
-    merge,
-    network_input,
-    patch_position,
-    row_chunks,
-    row_images,
-    row_patches,
-    write_rows,
-)
+from pbbench.model.patching import merge, network_input, patch_position, row_chunks, row_images, row_patches
 
 
 class Level(nn.Module):
@@ -128,18 +119,18 @@ class PatchUNet(nn.Module):
         Returns: images N C H W, or with ``rows`` the patches R C h w, in the dtype of x_t.
         Raises: InputError where the shapes do not fit the model, or both ways to chunk are given.
         """
-        check_images(x_t, t, self.config)
+        _check_images(x_t, t, self.config)
         N, d, device, x_t = x_t.shape[0], self.config.patch_divider, x_t.device, x_t.detach()
         if rows is not None:
             if patch_batch_size is not None:
                 raise InputError("give rows (one chunk) or patch_batch_size (all chunks in turn), not both")
-            rows = check_rows(rows, N, d)
+            rows = patching.check_rows(rows, N, d)
             position = patch_position(rows, N, d, device, x_t.dtype)  # R × d²
             embedding = self.embedding(t[row_images(rows, N, device)], position)
             return self._denoise(x_t, None, rows, embedding)
 
         # What does not depend on the chunk is computed once: N small images, N and d² embeddings.
-        content = global_content(x_t, d) if self.config.global_content else None  # N C h w
+        content = patching.global_content(x_t, d) if self.config.global_content else None  # N C h w
         when = self.embedding.when(t)  # N × 4·dim
         where = self.embedding.where(patch_position(slice(0, d * d), 1, d, device, x_t.dtype))  # d² × 4·dim
         chunks = row_chunks(N * d * d, patch_batch_size)
@@ -151,7 +142,7 @@ class PatchUNet(nn.Module):
             return merge(torch.cat(list(passes)), d)
         out = x_t.new_empty(N, self.projection.out_channels, *x_t.shape[2:])  # N C H W
         for chunk in chunks:
-            write_rows(out, next(passes), chunk, d)  # nothing stacked: a chunk's patches go straight to their places
+            patching.write_rows(out, next(passes), chunk, d)  # nothing stacked: a chunk's patches go straight to their places
         return out
 
     def _denoise(self, x_t: Tensor, content: Tensor | None, rows: slice, embedding: Tensor) -> Tensor:
@@ -177,3 +168,15 @@ class PatchUNet(nn.Module):
             maps.append(torch.cat((maps.pop(), maps.pop()), dim=1))  # (x, skip)
             maps.append(decode.upsample(decode(maps, embedding)))  # type: ignore[operator]
         return self.projection(self.head(maps.pop()))
+
+
+def _check_images(x_t: Tensor, t: Tensor, config: ModelConfig) -> None:
+    """Raises InputError unless x_t is N C H W with sides that can be divided and halved, and t has a timestep per image."""
+    unit = config.patch_divider * 2 ** (len(config.dim_mults) - 1)
+    if x_t.ndim != 4 or 0 in x_t.shape or x_t.shape[1] != config.channels or x_t.shape[2] % unit or x_t.shape[3] % unit:
+        raise InputError(
+            f"x_t has shape {tuple(x_t.shape)}; expected N × {config.channels} × H × W with H and W divisible by {unit} "
+            f"(patch_divider {config.patch_divider}, {len(config.dim_mults)} levels)"
+        )
+    if t.shape != x_t.shape[:1]:
+        raise InputError(f"t has shape {tuple(t.shape)}; expected one timestep per image, ({x_t.shape[0]},)")

@@ -1,89 +1,119 @@
-"""A stand-in feature extractor that needs no download: fixed random filters, measured as log energies on a pyramid.
+"""The feature extractors and what distances between their features are called; ``EXTRACTORS`` is the place to add one.
 
-It serves where Inception's weights are not to be had: it orders blur, noise, wrong colours and broken layout, but it knows
-nothing of what the images show. Its distances are never called FID and compare with nothing but themselves (same version,
-same image size, same number of images).
-
-Importing this module imports torch_fidelity (seconds) and registers the extractor there under ``RANDOM_FEATURES``, so that
-``torch_fidelity.calculate_metrics(feature_extractor=RANDOM_FEATURES, …)`` takes it too.
+Only Inception with the published weights makes figures named FID and KID. A column that is new here gets its words for readers
+in ``records.quality_names``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-RANDOM_FEATURES = "pbbench-random-features-v1"
-"""The name under which torch-fidelity knows it; the version changes whenever a feature does."""
-
-LAYER = "log-energies"
-NUM_SCALES, FIRST, SECOND, LAYOUT = 4, 24, 40, 4
-NUM_FEATURES = NUM_SCALES * (FIRST + SECOND) + 3 * LAYOUT**2
-SEED = 0
-FLOOR = 1e-4
-"""Added to every mean square before its logarithm: about one grey level of 255, squared."""
+from pbbench.quality.weights import INCEPTION, Weights, build_inception, resolve_inception_weights
 
 
-class RandomFeatures(FeatureExtractorBase):
-    """uint8 N, 3, H, W (H, W ≥ 8) → float32 N, 304: per scale the log energies of two layers of random filters, then the
-    colours of a 4 × 4 layout. Works at the images' own resolution, deterministic on one device."""
+@dataclass(frozen=True)
+class Distances:
+    """The names of the figures of one extractor."""
 
-    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
-        super().__init__(name, features_list)
-        generator = torch.Generator().manual_seed(SEED)
-        self.register_buffer("first", _filters((NUM_SCALES, FIRST, 3, 5, 5), generator))
-        self.register_buffer("second", _filters((NUM_SCALES, SECOND, FIRST, 3, 3), generator))
-
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        x = images.float() / 127.5 - 1  # N 3 H W
-        features = [F.adaptive_avg_pool2d(x, LAYOUT).flatten(1)]  # colour and layout
-        for scale in range(NUM_SCALES):
-            r = F.relu(F.conv2d(_pad(x, 2), self.first[scale]))  # N 24 H W: edges and textures of either polarity
-            features.append(_log_energy(r))
-            contrast = F.avg_pool2d(_pad(r.square().mean(1, keepdim=True), 2), 5, stride=1)  # N 1 H W
-            r = F.avg_pool2d(r / (contrast + FLOOR).sqrt(), 2)  # N 24 H/2 W/2: where they lie, whatever the contrast
-            features.append(_log_energy(F.conv2d(_pad(r, 1), self.second[scale])))
-            if min(x.shape[2:]) >= 8:
-                x = F.avg_pool2d(x, 2)
-        return (torch.cat(features, 1),)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return (LAYER,)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return LAYER
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    frechet: str
+    kernel: str
+    """Without ``_mean``."""
+    note: str | None = None
+    """What a reader has to know of them."""
+    few_frechet: str | None = None
+    """The Frechet distance of no more images than features; None: the same name."""
 
 
-def _filters(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Random filters of zero mean and unit norm: they answer to structure, not to brightness."""
-    weight = torch.randn(shape, generator=generator)
-    weight -= weight.mean((-2, -1), keepdim=True)
-    return weight / weight.flatten(2).norm(dim=2)[:, :, None, None, None]
+@dataclass(frozen=True)
+class Extractor:
+    """A network on its device, and what its features are."""
+
+    network: Any
+    """uint8 N, 3, H, W → a tuple whose first is float32 N, ``num_features``."""
+    description: str
+    kind: str
+    """Key of ``DISTANCES``."""
+    num_features: int
+    identity: str
+    """What tells it apart in the cache."""
+    device: torch.device
 
 
-def _pad(x: Tensor, by: int) -> Tensor:
-    return F.pad(x, (by, by, by, by), mode="reflect")
+@dataclass(frozen=True)
+class Entry:
+    build: Callable[[Weights | None, torch.device], Extractor]
+    """Takes the weights where they are known; resolves them where they are None and it needs some."""
+    distances: dict[str, Distances]
+    """Kind of its features → the names."""
+    smallest: int = 1
+    """Pixels of the shorter side that it takes."""
 
 
-def _log_energy(r: Tensor) -> Tensor:
-    """N, K, H, W → N, K: half the logarithm of the mean square, 0 at an amplitude of one tenth."""
-    return 0.5 * torch.log((r.square().mean((2, 3)) + FLOOR) / 0.01)
+def _inception(weights: Weights | None, device: torch.device) -> Extractor:
+    weights = weights or resolve_inception_weights()
+    network = build_inception(weights).to(device)
+    precision = str(next(network.parameters()).dtype).removeprefix("torch.")  # read off: asking for float64 gives float32
+    description = f"{INCEPTION}, 2048 features, {precision}, weights sha256 {weights.sha256[:8]}"
+    kind = "published" if weights.published else "unverified"
+    return Extractor(network, description, kind, 2048, f"{description}: {weights.sha256}", device)
 
 
-if RANDOM_FEATURES not in FEATURE_EXTRACTORS_REGISTRY:
-    register_feature_extractor(RANDOM_FEATURES, RandomFeatures)
+def _random(weights: Weights | None, device: torch.device) -> Extractor:
+    from pbbench.quality.random_features import LAYER, NUM_FEATURES, RANDOM_FEATURES, RandomFeatures
+
+    network: Any = RandomFeatures(RANDOM_FEATURES, [LAYER]).eval().to(device)
+    description = f"{RANDOM_FEATURES}, {NUM_FEATURES} features, float32"
+    return Extractor(network, description, "random", NUM_FEATURES, description, device)
+
+
+EXTRACTORS = {
+    "inception": Entry(
+        _inception,
+        {
+            "published": Distances(
+                "frechet_inception_distance",
+                "kernel_inception_distance",
+                few_frechet="few_images_inception_frechet_distance",
+            ),
+            "unverified": Distances(
+                "unverified_inception_frechet_distance",
+                "unverified_inception_kernel_distance",
+                note="the weights are not the published Inception weights: this is not FID",
+            ),
+        },
+    ),
+    "random": Entry(
+        _random,
+        {
+            "random": Distances(
+                "random_features_frechet_distance",
+                "random_features_kernel_distance",
+                note="random features, not FID: compare only figures of this extractor, image size and number of images",
+            )
+        },
+        smallest=8,
+    ),
+}
+DISTANCES = {kind: names for entry in EXTRACTORS.values() for kind, names in entry.distances.items()}
+"""``Extractor.kind`` → the names of its distances."""
+
+
+def build_extractor(name: str, weights: Weights | None, device: torch.device | str) -> Extractor:
+    return EXTRACTORS[name].build(weights, torch.device(device))
+
+
+def metric_names(kind: str, num_rows: int, num_features: int, of: str = "images") -> tuple[str, str, list[str]]:
+    """(name of the Frechet distance, name of the kernel distance without ``_mean``, notes for the reader).
+
+    ``num_rows`` counts the smaller set's images or patches. With no more of them than features their covariance is singular and
+    the Frechet distance biased upward, so it is not called FID; the kernel distance is unbiased at any number.
+    """
+    names, few = DISTANCES[kind], num_rows <= num_features
+    notes = [f"{num_rows} {of} for {num_features} features: the Frechet distance is biased upward"] if few else []
+    notes += [names.note] if names.note else []
+    frechet = (few and names.few_frechet) or names.frechet
+    return frechet.replace("frechet", "patch_frechet") if of == "patches" else frechet, names.kernel, notes

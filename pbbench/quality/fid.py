@@ -1,7 +1,7 @@
 """Distances between two sets of images through torch-fidelity: Frechet (of images, and of patches at full resolution) and
 kernel distance, precision and recall.
 
-Features come from torch-fidelity's Inception (or the random stand-in, see ``extractors``), metrics from its metric functions,
+Features come from torch-fidelity's Inception (or another of ``extractors``), metrics from its metric functions,
 with every setting pinned in ``SETTINGS``: ``calculate_metrics`` on the same images gives the same digits (tests hold it to
 that). Calling the functions instead of ``calculate_metrics`` keeps pickles out: weights and cached features are read by us.
 
@@ -12,7 +12,7 @@ stands its 95% interval (see ``intervals``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,15 +23,13 @@ from torch import Tensor
 from pbbench.errors import InputError
 from pbbench.processes import Processes
 from pbbench.quality.batches import Images, check_pair
-from pbbench.quality.features import WHOLE, Extractor, Progress, build_extractor, extract, extract_reference, patch_cut
+from pbbench.quality.extractors import EXTRACTORS, build_extractor, metric_names
+from pbbench.quality.features import PATCHES_PER_IMAGE, SMALLEST, WHOLE, Progress, extract, extract_reference, patch_cut
 from pbbench.quality.intervals import FEWEST, TOO_FEW, frechet_left_out, interval, kernel_left_out, random_groups
-from pbbench.quality.patches import PATCHES_PER_IMAGE, SMALLEST, patch_size
 from pbbench.quality.weights import MissingWeightsError, Weights, resolve_inception_weights
 
-__all__ = ["METRICS", "SETTINGS", "MissingWeightsError", "Weights", "metric_names", "resolve_inception_weights", "score"]
+__all__ = ["METRICS", "SETTINGS", "MissingWeightsError", "resolve_inception_weights", "score"]
 
-METRICS = ("fid", "kid", "prc", "patch")
-"""Frechet distance, kernel distance, precision and recall, Frechet distance of patches."""
 SETTINGS: dict[str, Any] = {
     "kid_subsets": 100,
     "kid_kernel": "poly",
@@ -77,30 +75,34 @@ def score(
     shape = check_pair(samples, reference, at_least=2)
     if shape[0] not in (1, 3):
         raise InputError(f"images with {shape[0]} channels cannot be scored; the extractors take 3 (or 1, which is repeated)")
-    if extractor == "random" and min(shape[1:]) < 8:
-        raise InputError(f"images of {shape[1]}×{shape[2]} are too small for the random extractor; it takes 8×8 or more")
+    smallest = EXTRACTORS[extractor].smallest
+    if min(shape[1:]) < smallest:
+        what = f"images of {shape[1]}×{shape[2]} are too small for the {extractor} extractor"
+        raise InputError(f"{what}; it takes {smallest}×{smallest} or more")
     built = build_extractor(extractor, weights, device)
-    patches = patch_cut(*shape[1:]) if min(patch_size(*shape[1:])) >= SMALLEST else None
-    cuts = [WHOLE] if set(metrics) - {"patch"} else []
-    cuts += [patches] if patches and "patch" in metrics else []
+    possible = {"images": WHOLE, "patches": patch_cut(*shape[1:])}
+    wanted = {of: cut for of, cut in possible.items() if any(METRICS[metric].of == of for metric in metrics)}
+    cuts = [cut for cut in wanted.values() if cut]
     of_samples = extract(built, samples, "samples", cuts, batch_size, progress, processes)
     of_reference = extract_reference(built, reference, shape, cuts, batch_size, cache, progress, processes)
     if processes.rank > 0:
         return {}
 
-    found = Found(random_groups(len(samples), seed))
-    if WHOLE in cuts:
-        _compare(found, of_samples[WHOLE.name], of_reference[WHOLE.name], built, metrics, kid_subset_size, seed)
-    if "patch" in metrics:
-        num_patches = PATCHES_PER_IMAGE * min(len(samples), len(reference))
-        name, _, notes = metric_names(built.kind, num_patches, built.num_features, "patches")
+    found, groups = Found(), random_groups(len(samples), seed)
+    for of, cut in wanted.items():
+        rows = cut.rows if cut else PATCHES_PER_IMAGE
+        frechet, kernel, notes = metric_names(built.kind, rows * min(len(samples), len(reference)), built.num_features, of)
         found.notes += [note for note in notes if note not in found.notes]
-        if patches:
-            found.groups = found.groups.repeat_interleave(PATCHES_PER_IMAGE)
-            found.add_frechet(name, of_samples[patches.name], of_reference[patches.name])
-            found.values |= {"num_patches": PATCHES_PER_IMAGE * len(samples), "patches": patches.name}
-        else:
-            found.values[name], found.reasons[name] = None, f"patches would be smaller than {SMALLEST}×{SMALLEST} pixels"
+        if cut is None:
+            found.values[frechet], found.reasons[frechet] = None, f"patches would be smaller than {SMALLEST}×{SMALLEST} pixels"
+            continue
+        features = of_samples[cut.name], of_reference[cut.name]
+        pair = Pair(*features, groups.repeat_interleave(rows), frechet, kernel, kid_subset_size, seed)
+        for name, metric in METRICS.items():
+            if name in metrics and metric.of == of:
+                metric.add(found, pair)
+        if of == "patches":
+            found.values |= {"num_patches": rows * len(samples), "patches": cut.name}
     return found.values | {
         "extractor": built.description,
         "num_images": len(samples),
@@ -111,90 +113,82 @@ def score(
     }
 
 
-def _compare(
-    found: Found,
-    features_1: Tensor,
-    features_2: Tensor,
-    extractor: Extractor,
-    metrics: Sequence[str],
-    kid_subset_size: int,
-    seed: int,
-) -> None:
-    """The metrics of whole images."""
-    smaller = min(len(features_1), len(features_2))
-    frechet, kernel, notes = metric_names(extractor.kind, smaller, extractor.num_features)
-    found.notes += notes
-    if "fid" in metrics:
-        found.add_frechet(frechet, features_1, features_2)
-    if "kid" in metrics:
-        size = min(kid_subset_size, smaller)
-        found.add_kernel(kernel, features_1, features_2, size, seed)
-        if size < kid_subset_size:
-            found.notes.append(f"subsets of the kernel distance hold {size} images, not {kid_subset_size}: one set has no more")
-    if "prc" in metrics:
-        found.values["precision"], found.values["recall"] = _precision_recall(features_1, features_2)
-        if found.values["precision"] is None:
-            why = f"takes more than {SETTINGS['prc_neighborhood']} images in each set"
-            found.reasons["precision"] = found.reasons["recall"] = why
+@dataclass(frozen=True)
+class Pair:
+    """The features of two sets, whole or in patches, and what is done with them."""
+
+    samples: Tensor  # rows × features
+    reference: Tensor
+    groups: Tensor
+    """The group of each row of the samples, for the intervals."""
+    frechet: str
+    kernel: str
+    """The names of the distances."""
+    kid_subset_size: int
+    seed: int
 
 
 @dataclass
 class Found:
     """Figures as they are found, with the reasons for those that are None."""
 
-    groups: Tensor
-    """The group of each row of the samples' features, for the intervals."""
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add_frechet(self, name: str, features_1: Tensor, features_2: Tensor) -> None:
-        self.values[name] = distance = _frechet(features_1, features_2)
-        self.values[f"{name}_interval"] = None
-        if distance is None:
-            self.reasons[name] = "the square root of the covariances' product failed numerically"
-            self.reasons[f"{name}_interval"] = "there is no distance"
-        elif self._enough(f"{name}_interval"):
-            low, high = interval(distance, frechet_left_out(features_1, features_2, self.groups))
-            self.values[f"{name}_interval"] = [max(low, 0.0), high]
 
-    def add_kernel(self, name: str, features_1: Tensor, features_2: Tensor, subset_size: int, seed: int) -> None:
-        mean, spread = _kernel(features_1, features_2, subset_size, seed)
-        self.values |= {f"{name}_mean": mean, f"{name}_std": spread, f"{name}_mean_interval": None}
-        self.values["kid_subset_size"] = subset_size
-        if spread is None:
-            self.reasons[f"{name}_std"] = "every subset is the whole set"
-        if self._enough(f"{name}_mean_interval"):
-            of_subsets = (spread or 0.0) ** 2 / SETTINGS["kid_subsets"]  # that another choice of subsets would make
-            left_out = kernel_left_out(features_1, features_2, self.groups)
-            self.values[f"{name}_mean_interval"] = interval(mean, left_out, of_subsets)
-
-    def _enough(self, name: str) -> bool:
-        enough = len(self.groups) >= FEWEST
-        if not enough:
-            self.reasons[name] = TOO_FEW
-        return enough
-
-
-def metric_names(kind: str, num_rows: int, num_features: int, of: str = "images") -> tuple[str, str, list[str]]:
-    """(name of the Frechet distance, name of the kernel distance without ``_mean``, notes for the reader).
-
-    ``kind`` is published, unverified (the weights file is another) or random; ``num_rows`` counts the smaller set's images or
-    patches. With no more of them than features their covariance is singular and the Frechet distance biased upward, so it is
-    not called FID; the kernel distance is unbiased at any number.
-    """
-    few = num_rows <= num_features
-    notes = [f"{num_rows} {of} for {num_features} features: the Frechet distance is biased upward"] if few else []
-    kernel = "kernel_inception_distance"
-    if kind == "random":
-        notes.append("random features, not FID: compare only figures of this extractor, image size and number of images")
-        frechet, kernel = "random_features_frechet_distance", "random_features_kernel_distance"
-    elif kind == "unverified":
-        notes.append("the weights are not the published Inception weights: this is not FID")
-        frechet, kernel = "unverified_inception_frechet_distance", "unverified_inception_kernel_distance"
+def add_frechet(found: Found, pair: Pair) -> None:
+    name = pair.frechet
+    found.values[name] = distance = _frechet(pair.samples, pair.reference)
+    found.values[f"{name}_interval"] = None
+    if distance is None:
+        found.reasons[name] = "the square root of the covariances' product failed numerically"
+        found.reasons[f"{name}_interval"] = "there is no distance"
+    elif len(pair.groups) < FEWEST:
+        found.reasons[f"{name}_interval"] = TOO_FEW
     else:
-        frechet = "few_images_inception_frechet_distance" if few else "frechet_inception_distance"
-    return frechet.replace("frechet", "patch_frechet") if of == "patches" else frechet, kernel, notes
+        low, high = interval(distance, frechet_left_out(pair.samples, pair.reference, pair.groups))
+        found.values[f"{name}_interval"] = [max(low, 0.0), high]
+
+
+def add_kernel(found: Found, pair: Pair) -> None:
+    name, size = pair.kernel, min(pair.kid_subset_size, len(pair.samples), len(pair.reference))
+    mean, spread = _kernel(pair.samples, pair.reference, size, pair.seed)
+    found.values |= {f"{name}_mean": mean, f"{name}_std": spread, f"{name}_mean_interval": None, "kid_subset_size": size}
+    if spread is None:
+        found.reasons[f"{name}_std"] = "every subset is the whole set"
+    if len(pair.groups) < FEWEST:
+        found.reasons[f"{name}_mean_interval"] = TOO_FEW
+    else:
+        of_subsets = (spread or 0.0) ** 2 / SETTINGS["kid_subsets"]  # that another choice of subsets would make
+        left_out = kernel_left_out(pair.samples, pair.reference, pair.groups)
+        found.values[f"{name}_mean_interval"] = interval(mean, left_out, of_subsets)
+    if size < (asked := pair.kid_subset_size):
+        found.notes.append(f"subsets of the kernel distance hold {size} images, not {asked}: one set has no more")
+
+
+def add_precision_recall(found: Found, pair: Pair) -> None:
+    found.values["precision"], found.values["recall"] = _precision_recall(pair.samples, pair.reference)
+    if found.values["precision"] is None:
+        why = f"takes more than {SETTINGS['prc_neighborhood']} images in each set"
+        found.reasons["precision"] = found.reasons["recall"] = why
+
+
+@dataclass(frozen=True)
+class Metric:
+    add: Callable[[Found, Pair], None]
+    of: Literal["images", "patches"] = "images"
+    """What of an image goes through the extractor."""
+
+
+METRICS = {
+    "fid": Metric(add_frechet),
+    "kid": Metric(add_kernel),
+    "prc": Metric(add_precision_recall),
+    "patch": Metric(add_frechet, of="patches"),
+}
+"""``quality.metrics`` → how its figures are found: the place to add one. The setting, which knows no torch, names the same ones
+(a test compares them)."""
 
 
 # Heusel et al. 2017, equation 6

@@ -15,7 +15,6 @@ yardstick and are taken as they are; the bias of N samples and the difference th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -54,7 +53,8 @@ def frechet_left_out(samples: Tensor, reference: Tensor, groups: Tensor) -> Tens
         z = torch.linalg.qr(z.T, mode="r").R.T  # N N: turned, with the same singular values whatever rows are left out
     moment, squares = z.T @ z, x.square().sum(1)
     found = []
-    for out, kept in _splits(groups):
+    for out in (groups == group for group in range(NUM_GROUPS)):
+        kept = ~out
         n = int(kept.sum())
         mean_x, mean_z = x[kept].mean(0), z[kept].mean(0)
         scatter = moment - z[out].T @ z[out] - n * torch.outer(mean_z, mean_z)
@@ -87,10 +87,3 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 def _kernel_of_self(x: Tensor) -> Tensor:
     return (x.square().sum(1, keepdim=True) / x.shape[1] + 1) ** 3
-
-
-def _splits(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(left out, kept) as masks, group by group."""
-    for group in range(NUM_GROUPS):
-        out = groups == group
-        yield out, ~out

@@ -110,6 +110,13 @@ def plan(experiment: Experiment) -> list[Cell]:
     return list(cells.values())
 
 
+def trainings(experiment: Experiment, cells: list[Cell]) -> list[Experiment]:
+    """The experiments among the cells that train; a divider whose checkpoint is given does not."""
+    given = experiment.sweep.checkpoints
+    chosen = [c for c in cells if c.kind == "quality" and (c.variant or str(c.patch_divider) not in given)]
+    return [resolve(experiment, cell) for cell in chosen]
+
+
 def _measured(experiment: Experiment, variant: str, training: TrainingConfig) -> list[tuple[PatchBatchSize, int, Precision]]:
     """(patches a pass, batch size, precision) of a subject's measured cells; ``training``: its own, resolved."""
     sweep, own = experiment.sweep, experiment.sweep.variants.get(variant, {}).get("training", {})

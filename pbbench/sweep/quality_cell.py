@@ -23,11 +23,11 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     """Raises what training, sampling or scoring raise; NanLossError where training's loss stops being a number."""
     import torch
 
-    from pbbench.data.held_out_split import training_and_held_out
+    from pbbench.data.images import training_and_held_out
     from pbbench.model.diffusion import Diffusion
+    from pbbench.model.sampling import num_inference_steps
     from pbbench.training.checkpoint import load_model
-    from pbbench.training.generate import generate, save_images
-    from pbbench.training.sample_grid import write_grid
+    from pbbench.training.generate import generate, save_images, write_grid
 
     device = torch.device(device_name)
     emit("phase", phase="train")
@@ -62,7 +62,7 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
         "num_images": count,
         "images_seen": trained["images_seen"],
         "sampler": settings.sampler,
-        "num_inference_steps": settings.steps(experiment.diffusion.num_train_timesteps),
+        "num_inference_steps": num_inference_steps(settings, experiment.diffusion.num_train_timesteps),
         "seed": settings.seed,
         "held_out_loss": loss["mean"],
         "reasons": reasons,

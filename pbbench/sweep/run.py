@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pbbench.records import environment as environments
 from pbbench.records import folder
 from pbbench.records.cells import CellResult, write_cell
 from pbbench.sweep import local, slurm
-from pbbench.sweep.grid import Cell, plan
+from pbbench.sweep.grid import Cell, plan, trainings
 from pbbench.sweep.local import Listener
 from pbbench.sweep.planning.fit import beyond_memory
 
@@ -98,8 +99,11 @@ def run_sweep(
             if environment is not None:
                 folder.settle_environment(out, environment, any_environment=any_environment)
             done = folder.finished(out)
-        listener.started(mine, {cell.id: done[cell.id] for cell in mine if cell.id in done})
         left = [cell for cell in mine if cell.id not in done]
+        for stale in {e.training.stale_average(): None for e in trainings(experiment, left)}:
+            if stale:
+                print(f"pbbench: {stale}", file=sys.stderr)
+        listener.started(mine, {cell.id: done[cell.id] for cell in mine if cell.id in done})
 
         def keep(cell: Cell, result: CellResult, seconds: float) -> None:
             if not folder.cell_file(out, cell.id).exists():  # a job of a scheduler writes its own

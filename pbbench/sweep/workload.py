@@ -85,7 +85,9 @@ class FlopCount(TorchDispatchMode):
 
 def training_workload(experiment: Experiment, cell: Cell, device: torch.device) -> Workload:
     """One optimizer step: every micro-batch, the update, and the average of the weights held beside it."""
-    from pbbench.training.train import build_accelerator, build_optimizer, train_step
+    from pbbench.training.optimizers import build_optimizer
+    from pbbench.training.setup import build_accelerator
+    from pbbench.training.train import train_step
 
     section = experiment.training.model_copy(update={"mixed_precision": cell.mixed_precision, "trackers": ()})
     experiment = experiment.model_copy(update={"training": section})

@@ -29,11 +29,10 @@ from pbbench.errors import InputError, one_line, writing_to
 from pbbench.experiment.experiment import Experiment, parse_experiment
 from pbbench.model.unet import PatchUNet
 from pbbench.processes import is_main_process
+from pbbench.training.optimizers import make_state
 
 FORMAT = "pbbench-checkpoint"
 SCHEMA_VERSION = 1
-KEEP = 2
-"""Checkpoints of a run that stay on disk: the last, and one before it."""
 _FILES = {"ema": "ema.safetensors", "model": "model.safetensors"}
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -51,8 +50,8 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint folder; with ``optimizer`` and ``state`` (plain JSON values) training can go on from it.
 
-    ``optimizer`` is an Adam over ``model.parameters()``, neither of them wrapped; ``images_seen`` None is unknown. Raises
-    InputError where ``folder`` already holds something, StorageError where it cannot be written (a full disk).
+    ``optimizer`` (see ``optimizers``) is over ``model.parameters()``, neither of them wrapped; ``images_seen`` None is unknown.
+    Raises InputError where ``folder`` already holds something, StorageError where it cannot be written (a full disk).
     """
     from safetensors import SafetensorError
 
@@ -135,10 +134,13 @@ def set_aside_broken(out: Path, good: Path | None) -> None:
             os.replace(path, aside)
 
 
-def prune(out: Path, keep: int = KEEP) -> None:
-    """Remove all but the last ``keep`` checkpoints, and what a killed process left unfinished."""
+def prune(out: Path, keep: int = 2, keep_every: int | None = None) -> None:
+    """Remove all but the last ``keep`` checkpoints and those at multiples of ``keep_every`` steps, and what a killed process
+    left unfinished."""
     folder = out / "checkpoints"
     for old in checkpoints_of(out)[:-keep]:
+        if keep_every is not None and int(old.name.removeprefix("step-")) % keep_every == 0:
+            continue
         os.replace(old, folder / f".{old.name}.removed")  # a kill in mid-removal leaves no folder that looks complete
     for rest in folder.glob(".step-*"):
         shutil.rmtree(rest, ignore_errors=True)
@@ -201,7 +203,7 @@ def load_model(
 def load_training_state(
     folder: Path, *, model: nn.Module, ema_model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Fill the network, its average and Adam's state from a checkpoint; returns its ``training_state.json``.
+    """Fill the network, its average and the optimizer's state from a checkpoint; returns its ``training_state.json``.
 
     Raises InputError where a file is absent or broken, or where the checkpoint cannot be trained on (a converted one).
     """
@@ -213,21 +215,13 @@ def load_training_state(
     state = _read_json(folder / "training_state.json")
     _read_tensors(folder / _FILES["model"], model.state_dict(), config)
     _read_tensors(folder / _FILES["ema"], ema_model.state_dict(), config)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            on_device = group.get("fused") or group.get("capturable")
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-            optimizer.state[parameter] = {
-                "step": step,
-                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-            }
+    make_state(optimizer)
     _read_tensors(folder / "optimizer.safetensors", _optimizer_tensors(model, optimizer), config)
     return state
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's state as flat names: ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``, ``step.<parameter>``."""
+    """Its state as flat names; of Adam ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>``, ``step.<parameter>``."""
     return {
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()

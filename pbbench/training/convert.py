@@ -24,19 +24,12 @@ def convert_reference(config_file: Path, checkpoint_file: Path, out: Path) -> Pa
         raise InputError(f"--out {out} is not an empty folder; choose another, nothing is written over")
     model_config, diffusion_config = parse_reference_config(config)
     state = read_reference_checkpoint(checkpoint_file)
-    missing = [key for key in ("model", "ema") if not isinstance(state.get(key), dict)]
-    if missing:
-        raise InputError(
-            f"{checkpoint_file} is not a checkpoint of the reference's trainer: no {' and no '.join(missing)} weights in it"
-        )
     section = config["model"] if isinstance(config.get("model"), dict) else {}
     model, ema = load_reference(state["model"], section), load_reference(state["ema"], section)
-    step = state.get("step")
+    step = state["step"]
     trainer = config.get("trainer") if isinstance(config.get("trainer"), dict) else {}
     batch = trainer.get("train_batch_size")
-    seen = step * batch if isinstance(step, int) and isinstance(batch, int) else None
+    seen = step * batch if step is not None and isinstance(batch, int) else None
     experiment = Experiment(name="converted-reference", model=model_config, diffusion=diffusion_config)
-    write_checkpoint(
-        out, model=model, ema_model=ema, experiment=experiment, step=step if isinstance(step, int) else 0, images_seen=seen
-    )
+    write_checkpoint(out, model=model, ema_model=ema, experiment=experiment, step=step or 0, images_seen=seen)
     return out

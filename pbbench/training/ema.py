@@ -1,8 +1,8 @@
 """The exponential moving average of the weights: what sampling uses.
 
 Before ``start_step`` the average is a plain copy of the weights; from then on, every ``update_every`` optimizer steps,
-average ← decay · average + (1 − decay) · weights. It holds no counters of its own: the step is an argument, so a resumed
-run needs the averaged weights and nothing else.
+average ← decay · average + (1 − decay) · weights. It holds no counters of its own: the step is an argument, from which the
+number of updates so far and so the decay of a warm-up follow, and a resumed run needs the averaged weights and nothing else.
 
 It may be kept on the host, or in bfloat16. Rounded to the nearest, a bfloat16 average would stand still: a step is 0.005 of
 a difference that is itself small, and the last of 8 bits is 0.004 of the value. So it is rounded up or down with the
@@ -24,9 +24,10 @@ class ExponentialMovingAverage:
     def __init__(self, model: PatchUNet, training: TrainingConfig) -> None:
         device = next(model.parameters()).device if training.ema_device == "same" else torch.device("cpu")
         self.model = _empty_like(model, device, getattr(torch, training.ema_dtype))
-        self.decay = training.ema_decay
-        self.update_every = training.ema_update_every
-        self.start_step = training.ema_start_step
+        self.training = training
+        every, phase = training.ema_update_every, training.ema_update_phase
+        self.last_copy = (max(training.ema_start_step, 1) - 1 - phase) // every * every + phase
+        """The last step before the start that an update would have been due after (none where it is not above 0)."""
         _copy(model, self.model)
 
     @torch.no_grad()
@@ -36,11 +37,11 @@ class ExponentialMovingAverage:
         While the average is a plain copy, it is copied only when someone reads it next: a checkpoint, a sample grid, or
         the first step that averages.
         """
-        if step < self.start_step:
-            if about_to_be_read or step == self.start_step - 1:
-                _copy(model, self.model)
-        elif step % self.update_every == 0 and not about_to_be_read:
-            self._average(model, step)
+        before, after = (self.training.ema_updates(s) for s in (step - 1, step))
+        if step == self.last_copy or (step < self.last_copy and about_to_be_read):
+            _copy(model, self.model)
+        elif after > before and not about_to_be_read:
+            self._average(model, step, self.training.ema_decay_after(before))
 
     def network(self, device: torch.device | str) -> PatchUNet:
         """The averaged network in float32 on ``device``: ``model`` itself where it is that already, else a copy of it."""
@@ -51,15 +52,15 @@ class ExponentialMovingAverage:
         _copy(self.model, network)
         return network
 
-    def _average(self, model: nn.Module, step: int) -> None:
+    def _average(self, model: nn.Module, step: int, decay: float) -> None:
         averages: list[Tensor] = [*self.model.parameters()]
         weights: list[Tensor] = [*model.parameters()]
         if averages[0].dtype == torch.float32 and averages[0].device == weights[0].device:
-            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+            torch._foreach_lerp_(averages, weights, 1 - decay)
             return
         generator = torch.Generator(averages[0].device).manual_seed(step)
         for average, weight in zip(averages, weights, strict=True):  # one at a time: temporaries of one parameter's size
-            exact = average.float().lerp_(weight.to(average.device), 1 - self.decay)  # a float32 average is its own float()
+            exact = average.float().lerp_(weight.to(average.device), 1 - decay)  # a float32 average is its own float()
             if average.dtype != torch.float32:
                 average.copy_(round_randomly(exact, generator))
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to images: batches of uint8 samples, and a folder of PNG files.
+"""Samples as images: batches in uint8, a folder of PNG files, and the grid of what the averaged weights draw so far.
 
 The image of an index is the same whatever the batch: its noise comes from (seed, image index, step). Several processes share
 the images out by whole batches, the batches that one process would draw, so that not even the rounding depends on their number.
@@ -7,6 +7,7 @@ the images out by whole batches, the batches that one process would draw, so tha
 from __future__ import annotations
 
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from pbbench.model.diffusion import Diffusion
 from pbbench.model.sampling import sample, to_uint8
 from pbbench.model.unet import PatchUNet
 from pbbench.processes import joined_processes
+from pbbench.records.files import write_bytes
 
 
 def generate(
@@ -122,16 +124,51 @@ def save_images(images: Iterable[Tensor], folder: Path) -> None:
 def save_png(image: Tensor, path: Path) -> None:
     """One uint8 (C, H, W) image of one or three channels, whole or not at all. Raises StorageError where it cannot be
     written. Not flushed to disk one by one: an image is quickly drawn again, and thousands of flushes are slow."""
-    from PIL import Image
-
-    pixels = image.permute(1, 2, 0).numpy()
-    encoded = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(encoded, "PNG")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    encoded, aside = _png(image), path.with_name(f".{path.name}.{os.getpid()}")
     with writing_to(path):
         try:
-            aside.write_bytes(encoded.getvalue())
+            aside.write_bytes(encoded)
             os.replace(aside, path)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
+
+
+def save_sample_grid(path: Path, model: PatchUNet, diffusion: Diffusion, experiment: Experiment, accelerator: Any) -> None:
+    """Draw ``training.num_grid_samples`` images as ``experiment.sampling`` says and save them, in rows, as a PNG.
+
+    Every process draws its share, so that none waits long; noise comes from the image's index, so the grid does not depend
+    on their number. To be called by all processes; the main one writes.
+    """
+    settings, count, device = experiment.sampling, experiment.training.num_grid_samples, accelerator.device
+    share = math.ceil(count / accelerator.num_processes)  # some draw beyond the grid's end; those are dropped
+    first = share * accelerator.process_index
+    drawn = []
+    for start in range(first, first + share, settings.batch_size):
+        indices = range(start, min(start + settings.batch_size, first + share))
+        drawn.append(to_uint8(sample(model, diffusion, settings, indices, device=device), settings.to_uint8))
+    gathered = accelerator.gather(torch.cat(drawn))  # uint8, processes · share, C, H, W
+    if accelerator.is_main_process:
+        write_grid(path, gathered[:count].cpu())
+
+
+def write_grid(path: Path, images: torch.Tensor) -> None:
+    """uint8 images N C H W, nearly square, one grey pixel between them. One channel is grey, three are colour."""
+    N, C, H, W = images.shape
+    columns = math.ceil(math.sqrt(N))
+    rows = math.ceil(N / columns)
+    canvas = torch.full((C, rows * (H + 1) + 1, columns * (W + 1) + 1), 128, dtype=torch.uint8)
+    for n, image in enumerate(images):
+        top, left = n // columns * (H + 1) + 1, n % columns * (W + 1) + 1
+        canvas[:, top : top + H, left : left + W] = image
+    write_bytes(path, _png(canvas if C in (3, 4) else canvas[:1]))
+
+
+def _png(image: Tensor) -> bytes:
+    """uint8 (C, H, W): one channel is grey."""
+    from PIL import Image
+
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    encoded = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(encoded, "PNG")
+    return encoded.getvalue()

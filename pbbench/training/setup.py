@@ -1,4 +1,4 @@
-"""What training starts from: the accelerator, the optimizer, the random numbers, and a folder that may be written to."""
+"""What training starts from: the network, the accelerator, the random numbers, and a folder that may be written to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pbbench.errors import InputError, one_line
 from pbbench.experiment.experiment import Experiment, differences, parse_experiment
 from pbbench.experiment.presets import load_experiment
-from pbbench.experiment.settings import TrainingConfig
 from pbbench.model.unet import PatchUNet
 from pbbench.training.checkpoint import last_good, read_config
 
@@ -23,11 +22,6 @@ def build_network(experiment: Experiment, device: str | torch.device = "cpu") ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
         return PatchUNet(experiment.model).set_recompute(experiment.training.recompute).to(device)
-
-
-def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Adam:
-    """Adam as released. Fused: one pass over each parameter without temporaries of its size, and no wait under fp16."""
-    return torch.optim.Adam(model.parameters(), lr=training.learning_rate, fused=True)
 
 
 def build_accelerator(experiment: Experiment, device: str | torch.device = "auto", *, out: Path | None = None) -> Any:
@@ -101,8 +95,8 @@ def draw_noise(
 
 _MAY_DIFFER = (
     "name", "device", "sampling.", "quality.", "sweep.", "slurm.", "data.source", "data.num_workers", "training.num_steps",
-    "training.max_seconds", "training.save_every", "training.sample_every", "training.num_grid_samples", "training.trackers",
-    "training.patch_batch_size", "training.recompute", "training.ema_device",
+    "training.max_seconds", "training.save_every", "training.keep_checkpoints", "training.keep_every", "training.sample_every",
+    "training.num_grid_samples", "training.trackers", "training.patch_batch_size", "training.recompute", "training.ema_device",
 )  # fmt: skip
 """Settings that a resumed run may change: its weights are the same within rounding. ``data.source`` may be moved or prepared;
 that it holds the same images is known by their fingerprint."""

@@ -22,8 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pbbench.data.held_out_split import training_and_held_out
-from pbbench.data.images import ImageSet, to_x_start
+from pbbench.data.images import ImageSet, to_x_start, training_and_held_out
 from pbbench.data.loader import training_loader
 from pbbench.errors import InputError, writing_to
 from pbbench.experiment.experiment import Experiment
@@ -35,12 +34,12 @@ from pbbench.processes import failing_in_turn
 from pbbench.records.files import write_text
 from pbbench.training import checkpoint as checkpoints
 from pbbench.training.ema import ExponentialMovingAverage
+from pbbench.training.generate import save_sample_grid
+from pbbench.training.optimizers import build_optimizer
 from pbbench.training.progress import Progress, StopSignals
-from pbbench.training.sample_grid import save_sample_grid
 from pbbench.training.setup import (
     build_accelerator,
     build_network,
-    build_optimizer,
     check_folder,
     draw_noise,
     settle_gradient_buckets,
@@ -154,7 +153,7 @@ class _Run:
     diffusion: Diffusion
     bare: PatchUNet
     model: nn.Module
-    adam: torch.optim.Adam
+    bare_optimizer: torch.optim.Optimizer
     optimizer: Any
     ema: ExponentialMovingAverage
     fingerprint: str
@@ -213,15 +212,18 @@ class _Run:
             }
             checkpoints.write_checkpoint(
                 folder, model=self.bare, ema_model=self.ema.network("cpu"), experiment=self.experiment, step=self.step,
-                images_seen=self.step * self.images_per_step, optimizer=self.adam, state=state,
+                images_seen=self.step * self.images_per_step, optimizer=self.bare_optimizer, state=state,
             )  # fmt: skip
+            section = self.experiment.training
             with writing_to(self.out):
-                checkpoints.prune(self.out)
+                checkpoints.prune(self.out, section.keep_checkpoints, section.keep_every)
         self.accelerator.wait_for_everyone()
 
     def restore(self, folder: Path) -> None:
         """Go back to a checkpoint. Raises InputError where it belongs to other data or another number of processes."""
-        state = checkpoints.load_training_state(folder, model=self.bare, ema_model=self.ema.model, optimizer=self.adam)
+        state = checkpoints.load_training_state(
+            folder, model=self.bare, ema_model=self.ema.model, optimizer=self.bare_optimizer
+        )
         try:
             processes, fingerprint, scaler = state["num_processes"], state["data_fingerprint"], state["scaler"]
             self.step, self.seconds = int(state["step"]), float(state["seconds"])
@@ -261,12 +263,14 @@ def _train(
         with writing_to(out):
             write_text(out / "experiment.toml", experiment.to_toml())
             checkpoints.set_aside_broken(out, resumed)
-            checkpoints.prune(out)
+            checkpoints.prune(out, section.keep_checkpoints, section.keep_every)
     if section.trackers:
         accelerator.init_trackers("pbbench", config={"experiment": experiment.to_toml()})
     main = accelerator.is_main_process
     if show_bar and main:
         print(f"images: {images.notice()}", file=sys.stderr)
+        if stale := section.stale_average():
+            print(f"pbbench: {stale}", file=sys.stderr)
     settle_every = 1 if accelerator.device.type == "cpu" else SETTLE_EVERY
     tolerated = SKIPPED_STEPS_TOLERATED if section.mixed_precision == "fp16" else 0
     pending: list[Tensor] = []
@@ -279,7 +283,7 @@ def _train(
         while run.step < section.num_steps and not stopping:
             pending.append(run.optimizer_step(batches))
             last = run.step == section.num_steps
-            saving = last or run.step % section.save_every == 0
+            saving = last or any(run.step % every == 0 for every in (section.save_every, section.keep_every) if every)
             drawing = section.sample_every > 0 and (last or run.step % section.sample_every == 0)
             if saving or drawing or run.step % settle_every == 0:
                 losses, stopping = run.settle(pending, stop.received is not None or time.monotonic() >= ends_at)
@@ -310,9 +314,9 @@ def _start(experiment: Experiment, out: Path, accelerator: Any, images: ImageSet
     """The network with weights from the experiment's seed, its average and its optimizer, before the first step."""
     bare = build_network(experiment, accelerator.device)
     ema = ExponentialMovingAverage(bare, experiment.training)
-    adam = build_optimizer(bare, experiment.training)
-    model, optimizer = accelerator.prepare(bare, adam)
+    bare_optimizer = build_optimizer(bare, experiment.training)
+    model, optimizer = accelerator.prepare(bare, bare_optimizer)
     if accelerator.num_processes > 1:
         settle_gradient_buckets(model, experiment, accelerator.device)
     diffusion = Diffusion(experiment.diffusion, accelerator.device)
-    return _Run(experiment, out, accelerator, diffusion, bare, model, adam, optimizer, ema, images.fingerprint())
+    return _Run(experiment, out, accelerator, diffusion, bare, model, bare_optimizer, optimizer, ema, images.fingerprint())

@@ -65,6 +65,7 @@ def test_train_resumes_and_will_not_write_over(trained, tiny_file):
     done = pbbench("train", "--experiment", tiny_file, "--out", trained, "--resume", "--set", "training.num_steps=5")
     assert done.returncode == 0, done.stderr
     assert "step-00000005" in done.stdout
+    assert "100% those of step 1" in done.stderr  # an average that is updated every ten steps, in five
 
 
 def test_fid_through_the_real_inception_path_names_unpublished_weights(folder, inception_file):

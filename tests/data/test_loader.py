@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pbbench.data.images import ImageSet, open_images, training_loader
-from pbbench.data.loader import Order
+from pbbench.data.images import ImageSet, open_images
+from pbbench.data.loader import Order, training_loader
 from pbbench.data.synthetic import scene
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment, parse_experiment

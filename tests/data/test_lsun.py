@@ -17,9 +17,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pbbench.data.entries import in_order
-from pbbench.data.images import open_images, training_loader
-from pbbench.data.lsun import Lmdb
-from pbbench.data.sources import open_source
+from pbbench.data.images import open_images
+from pbbench.data.loader import training_loader
+from pbbench.data.sources import Lmdb, open_source
 from pbbench.data.synthetic import scene
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import parse_experiment
@@ -88,7 +88,7 @@ def test_a_set_too_large_for_memory_opens_without_touching_an_image(bedroom, mon
 
 def test_what_is_kept_of_a_key_is_its_bytes_and_three_numbers():
     """LSUN has three million: as Python objects they would take half a gigabyte in every process."""
-    from pbbench.data.lsun import Keys
+    from pbbench.data.sources import Keys
 
     names = b"".join(key(number) for number in range(1000))
     ends = np.arange(40, 40_001, 40)

@@ -22,7 +22,8 @@ from PIL import Image
 
 from pbbench.cli.options import run_app
 from pbbench.data import prepare as preparing
-from pbbench.data.images import ImageSet, open_images, training_loader
+from pbbench.data.images import ImageSet, open_images
+from pbbench.data.loader import training_loader
 from pbbench.data.prepare import prepare
 from pbbench.data.synthetic import scene
 from pbbench.errors import InputError
@@ -175,7 +176,7 @@ def test_killed_without_a_word_it_goes_on(sources, tmp_path):
     """kill -9 in the middle of a shard, in a process of its own."""
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from pbbench.training import decode, prepare\n"
+        "from pbbench.data import decode, prepare\n"
         "prepare.SHARD_BYTES = 2017; inner = decode.decode\n"
         "prepare.decode.decode = lambda *words: (time.sleep(0.03), inner(*words))[1]\n"
         "prepare.prepare(sys.argv[1], Path(sys.argv[2]), (8, 12))"

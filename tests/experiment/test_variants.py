@@ -186,7 +186,7 @@ def test_the_ablations_file_plans_each_conditioning_without_the_other() -> None:
 
 
 def test_trainings_from_several_seeds_start_elsewhere_on_the_same_images() -> None:
-    from pbbench.data.held_out_split import training_and_held_out
+    from pbbench.data.images import training_and_held_out
     from pbbench.training.setup import build_network
 
     experiment = tiny(seeds=[0, 7])

@@ -18,13 +18,13 @@ from torch.autograd import gradcheck
 from pbbench.experiment.settings import DiffusionConfig, ModelConfig, SamplingConfig
 from pbbench.memory.tracer.live import LiveTrace, trace
 from pbbench.model import attention, lean
-from pbbench.model.convolution import Convolution
 from pbbench.model.diffusion import Diffusion
-from pbbench.model.lean import channel_norm, norm_silu, recomputed, recomputing
+from pbbench.model.lean import Convolution, channel_norm, norm_silu, recomputed, recomputing
 from pbbench.model.reference import reference_name
 from pbbench.model.sampling import sample, sample_step
 from pbbench.model.unet import PatchUNet
-from pbbench.training.setup import build_accelerator, build_network, build_optimizer
+from pbbench.training.optimizers import build_optimizer
+from pbbench.training.setup import build_accelerator, build_network
 
 PAPER = {"dim": 128, "dim_mults": [1, 2, 4, 8], "image_size": 128}
 SIXTEEN_BITS = [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)]

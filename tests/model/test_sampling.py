@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,10 +12,17 @@ from torch import Tensor
 from pbbench.errors import InputError
 from pbbench.experiment.settings import DiffusionConfig, ModelConfig, SamplingConfig
 from pbbench.model.diffusion import Diffusion
-from pbbench.model.sampling import inference_timesteps, multistep_solver, sample, sample_noise, sample_step, to_uint8
+from pbbench.model.sampling import (
+    SAMPLERS,
+    inference_timesteps,
+    multistep_solver,
+    num_inference_steps,
+    sample,
+    sample_noise,
+    sample_step,
+    to_uint8,
+)
 from pbbench.model.unet import PatchUNet
-
-SAMPLERS = ["ddpm", "ddim", "dpm++"]
 
 
 class Gaussian:
@@ -86,6 +93,18 @@ def test_timesteps_are_spaced_as_named() -> None:
     for wrong in (0, 1001):
         with pytest.raises(InputError, match="from 1 to"):
             inference_timesteps(1000, wrong, "trailing")
+
+
+def test_the_setting_and_its_help_say_what_the_table_says() -> None:
+    """The settings know no torch, so the names, the numbers of steps and the words stand in both."""
+    fields = SamplingConfig.model_fields
+    assert get_args(fields["sampler"].annotation) == tuple(SAMPLERS)
+    for name, sampler in SAMPLERS.items():
+        assert f"{name} ({sampler.words})" if sampler.words else name in str(fields["sampler"].description)
+        assert f"{sampler.default_steps or 'num_train_timesteps'} for {name}" in str(fields["num_inference_steps"].description)
+        config = SamplingConfig(sampler=name)  # type: ignore[arg-type]
+        assert num_inference_steps(config, 1000) == (sampler.default_steps or 1000)
+        assert num_inference_steps(config, 10) == 10
 
 
 # Against diffusers, whose schedulers are given float64 coefficients
@@ -258,6 +277,16 @@ def test_mixed_precision_is_close_and_not_equal(tiny_config: ModelConfig) -> Non
     rounded = draw(model, range(2), sampler="ddim", num_inference_steps=2, mixed_precision="bf16")
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_float64_weights_draw_the_same_images_in_float64(sampler: str, tiny_config: ModelConfig) -> None:
+    model, diffusion = PatchUNet(tiny_config), Diffusion(DiffusionConfig())
+    config = SamplingConfig(sampler=sampler, num_inference_steps=3)  # type: ignore[arg-type]
+    single = sample(model, diffusion, config, range(2), device="cpu")
+    double = sample(model.double(), diffusion, config, range(2), device="cpu", dtype=torch.float64)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double, single.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_no_images_are_refused(tiny_config: ModelConfig) -> None:

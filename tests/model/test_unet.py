@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pbbench.errors import InputError
-from pbbench.experiment.settings import DiffusionConfig, ModelConfig
+from pbbench.experiment.settings import DiffusionConfig, ModelConfig, Recompute
 from pbbench.model.diffusion import Diffusion
 from pbbench.model.patching import row_chunks, split
 from pbbench.model.reference import reference_name
@@ -105,6 +106,30 @@ def test_every_parameter_has_a_gradient_and_x_t_has_none(tiny_config: ModelConfi
     model(x_t, torch.tensor([1, 2])).sum().backward()
     assert x_t.grad is None
     assert set(gradients(model)) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+def test_float64_trains_and_agrees_with_float32(recompute: Recompute) -> None:
+    model, x_start, t = build(**CONFIGS["not square"])
+    double = copy.deepcopy(model).double().set_recompute(recompute)
+    diffusion, noise = Diffusion(DiffusionConfig(loss_type="l2")), torch.randn_like(x_start)
+    outputs = []
+    for network, x, e in ((model, x_start, noise), (double, x_start.double(), noise.double())):
+        x_t, target = diffusion.q_sample(x, t, e), diffusion.target(x, t, e)
+        for rows in row_chunks(48, 5):
+            loss = diffusion.loss(network(x_t, t, rows=rows), split(target, 4, rows), total=target.numel())
+            assert loss.dtype == x.dtype
+            loss.backward()
+        outputs.append(network(x_t, t).detach())
+        assert outputs[-1].dtype == x.dtype
+    torch.testing.assert_close(outputs[1], outputs[0].double(), rtol=1e-4, atol=1e-5)
+    expected = gradients(model)
+    for name, gradient in gradients(double).items():
+        assert gradient.dtype == torch.float64
+        torch.testing.assert_close(gradient, expected[name].double(), rtol=1e-4, atol=1e-6, msg=name)
+    # The answer to a step of 1e-12 is as small: nothing between is float32.
+    moved = double(x_t + 1e-12, t) - double(x_t, t)
+    assert 0 < moved.abs().max() < 1e-9
 
 
 def test_a_patch_is_told_its_position_and_the_whole_image(tiny_config: ModelConfig) -> None:

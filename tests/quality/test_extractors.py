@@ -10,8 +10,8 @@ from degrade import blurred, noisy, shuffled
 
 from pbbench.data.images import open_images
 from pbbench.errors import InputError
-from pbbench.quality.extractors import LAYER, NUM_FEATURES, RANDOM_FEATURES, RandomFeatures
 from pbbench.quality.fid import score
+from pbbench.quality.random_features import LAYER, NUM_FEATURES, RANDOM_FEATURES, RandomFeatures
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,10 +15,13 @@ from PIL import Image
 
 from pbbench.data.images import open_images
 from pbbench.errors import InputError
-from pbbench.quality import fid, weights
-from pbbench.quality.cache import feature_key, load_features, store_features
-from pbbench.quality.extractors import RANDOM_FEATURES
-from pbbench.quality.fid import metric_names, score
+from pbbench.experiment.settings import QualityConfig
+from pbbench.quality import fid, score_sets, weights
+from pbbench.quality.extractors import DISTANCES, metric_names
+from pbbench.quality.features import feature_key, load_features, store_features
+from pbbench.quality.fid import score
+from pbbench.quality.random_features import RANDOM_FEATURES
+from pbbench.records.quality_names import DISTANCE_WORDS, QUALITY_HEADERS
 
 
 class Counted:
@@ -220,6 +223,20 @@ def test_few_images_are_said(scenes: torch.Tensor) -> None:
     few = score(list(scenes[:3]), list(scenes[50:]), extractor="random", metrics=["prc"])
     assert (few["precision"], few["recall"]) == (None, None)
     assert "more than 3 images" in few["reasons"]["precision"]
+
+
+def test_the_settings_name_the_metrics_of_the_table() -> None:
+    """The settings and the command line know no torch, so the names stand in both."""
+    names = get_args(get_args(QualityConfig.model_fields["metrics"].annotation)[0])
+    assert names == tuple(fid.METRICS) == score_sets.KNOWN
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_every_name_of_a_distance_has_its_words(kind: str) -> None:
+    for of in ("images", "patches"):
+        for num_rows in (1, 10_000):
+            frechet, kernel, _ = metric_names(kind, num_rows, 2048, of)
+            assert {frechet, f"{kernel}_mean"} <= set(DISTANCE_WORDS) & set(QUALITY_HEADERS)
 
 
 # The cache of reference features

@@ -11,8 +11,9 @@ from degrade import blurred, noisy, shuffled
 
 from pbbench.data.images import open_images
 from pbbench.model.patching import merge, split
-from pbbench.quality.fid import metric_names, score
-from pbbench.quality.patches import PATCHES_PER_IMAGE, cut_patches, patch_size
+from pbbench.quality.extractors import metric_names
+from pbbench.quality.features import PATCHES_PER_IMAGE, cut_patches, patch_size
+from pbbench.quality.fid import score
 
 NAME = "random_features_patch_frechet_distance"
 

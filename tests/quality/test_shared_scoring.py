@@ -17,7 +17,8 @@ from pbbench.data.synthetic import scenes
 from pbbench.experiment.experiment import parse_experiment
 from pbbench.model.unet import PatchUNet
 from pbbench.processes import Processes
-from pbbench.quality.features import WHOLE, build_extractor, extract, patch_cut
+from pbbench.quality.extractors import build_extractor
+from pbbench.quality.features import WHOLE, extract, patch_cut
 from pbbench.training.checkpoint import write_checkpoint
 
 SIZE = (16, 16)
@@ -26,7 +27,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SMALL_BATCHES = f"""
 import sys
 from pbbench.experiment.experiment import QualityConfig
-from pbbench.sweep import score_sets
+from pbbench.quality import score_sets
 score_sets.QualityConfig = lambda: QualityConfig(batch_size={BATCH})
 """
 """So that a few images are several batches."""
@@ -108,11 +109,11 @@ import json
 from pathlib import Path
 import torch
 from pbbench.processes import is_main_process, joined_processes
-from pbbench.quality import fid, features
+from pbbench.quality import extractors, fid
 from pbbench.data.synthetic import scenes
 
 fid.resolve_inception_weights = lambda *_: None
-fid.build_extractor = lambda name, weights, device: features.build_extractor("random", None, device)
+fid.build_extractor = lambda name, weights, device: extractors.build_extractor("random", None, device)
 photos, damaged, checkpoint, out = map(Path, sys.argv[1:])
 found = []
 for samples, reference, num_images in ((photos, damaged, None), (checkpoint, photos, 10), (checkpoint, "synthetic", 9)):
@@ -165,13 +166,13 @@ def test_one_process_that_fails_ends_all_and_says_why(error: str, photos: Path, 
 import os
 from pbbench.cli import main
 from pbbench.errors import InputError
-from pbbench.sweep import image_sets
+from pbbench.quality import score_sets
 
 def failing(*_):
     raise {error}("met by one process only")
 
 if os.environ["RANK"] == "1":
-    image_sets._decoded = failing
+    score_sets._decoded = failing
 main()
 """,
     )

@@ -112,6 +112,7 @@ def test_a_sweep_leaves_results_for_every_divider_and_a_report(finished):
     assert load_experiment(out / "experiment.toml") == tiny()
     assert "1" in done.stdout
     assert "report" in done.stderr
+    assert done.stderr.count("100% those of step 1") == 1  # two trainings whose averages keep their start, one line
 
 
 def test_the_parts_of_every_peak_sum_to_it(finished):

@@ -125,6 +125,13 @@ def test_a_run_is_read_at_its_latest_checkpoint_and_keeps_two(tmp_path: Path, wr
     load_model(tmp_path)
 
 
+def test_what_is_kept_for_good_outlives_the_last_ones(tmp_path: Path, write: Callable[..., Path]) -> None:
+    for step in range(1, 12):
+        write(step_folder(tmp_path, step), step)
+        prune(tmp_path, keep=3, keep_every=4)
+    assert [int(path.name[5:]) for path in checkpoints_of(tmp_path)] == [4, 8, 9, 10, 11]
+
+
 def test_nothing_is_written_over(tmp_path: Path, write: Callable[..., Path]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

@@ -20,8 +20,7 @@ from PIL import Image
 from tiny_training import WELL_CONDITIONED, files_of, state_of, tiny
 from torch import Tensor, nn
 
-from pbbench.data.held_out_split import training_and_held_out
-from pbbench.data.images import to_x_start
+from pbbench.data.images import to_x_start, training_and_held_out
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
 from pbbench.model.diffusion import Diffusion
@@ -29,7 +28,8 @@ from pbbench.training import progress
 from pbbench.training import train as training
 from pbbench.training.checkpoint import checkpoints_of, load_model
 from pbbench.training.ema import ExponentialMovingAverage
-from pbbench.training.setup import build_accelerator, build_network, build_optimizer, draw_noise
+from pbbench.training.optimizers import build_optimizer
+from pbbench.training.setup import build_accelerator, build_network, draw_noise
 from pbbench.training.train import train, train_step
 
 
@@ -168,10 +168,11 @@ def test_noise_belongs_to_the_training_image() -> None:
     assert abs(neighbours) < 0.02
 
 
-def test_average_equals_torch_swa_utils() -> None:
+@pytest.mark.parametrize("phase", [0, 1])
+def test_average_equals_torch_swa_utils(phase: int) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    experiment = tiny(training={"ema_decay": 0.9, "ema_start_step": 5, "ema_update_every": 3})
+    experiment = tiny(training={"ema_decay": 0.9, "ema_start_step": 5, "ema_update_every": 3, "ema_update_phase": phase})
     model = build_network(experiment)
     ours = ExponentialMovingAverage(model, experiment.training)
     oracle: AveragedModel | None = None
@@ -180,10 +181,10 @@ def test_average_equals_torch_swa_utils() -> None:
             for parameter in model.parameters():
                 parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
         ours.update(model, step)
-        if step == 4:  # the last step of plain copies
+        if step == 3 + phase:  # the last copy that was due
             oracle = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
             oracle.update_parameters(model)  # its first update is a copy
-        elif step in (6, 9, 12):
+        elif step in (6 + phase, 9 + phase, 12 + phase):
             assert oracle is not None
             oracle.update_parameters(model)
     assert oracle is not None
@@ -201,7 +202,67 @@ def test_average_is_the_weights_before_its_start() -> None:
     assert torch.equal(ours.model.stem.weight, model.stem.weight)
 
 
-@pytest.mark.parametrize("precision", ["no", "fp16"])
+def released_average(weights: list[float], every: int, start: int, decay: float) -> float:
+    """The oracle: the loop of the released trainer, which counts steps from 0; ``weights`` after each optimizer step, 0 before
+    the first."""
+    average = 0.0
+    for step, weight in enumerate(weights):
+        if step % every == 0:
+            average = weight if step < start else average * decay + (1 - decay) * weight
+    return average
+
+
+@pytest.mark.parametrize("num_steps", [1, 21, 41, 93])
+@pytest.mark.parametrize("start", [0, 20, 25])
+def test_average_in_the_released_phase(start: int, num_steps: int) -> None:
+    settings = {"ema_decay": 0.9, "ema_start_step": start, "ema_update_every": 10, "ema_update_phase": 1}
+    model = build_network(tiny())
+    nn.init.constant_(model.stem.bias, 0.0)
+    ours = ExponentialMovingAverage(model, tiny(training=settings).training)
+    weights = [math.sin(step) for step in range(num_steps)]
+    for step, weight in enumerate(weights, 1):
+        nn.init.constant_(model.stem.bias, weight)
+        ours.update(model, step)
+    ours.update(model, num_steps, about_to_be_read=True)
+    expected = released_average(weights, 10, start, 0.9)
+    assert ours.model.stem.bias.tolist() == pytest.approx([expected] * 4, abs=1e-6)
+
+
+def test_a_warm_up_forgets_where_the_average_began() -> None:
+    """The decays are 1/10, 2/11, 3/12, ... until they reach ema_decay."""
+    settings = {"ema_decay": 0.5, "ema_warmup": True, "ema_start_step": 3, "ema_update_every": 2}
+    section = tiny(training=settings).training
+    model = build_network(tiny())
+    nn.init.constant_(model.stem.bias, 1.0)
+    ours = ExponentialMovingAverage(model, section)
+    ours.update(model, 2)
+    nn.init.constant_(model.stem.bias, 0.0)
+    share, decays = 1.0, iter([1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5])
+    for step in range(3, 23):
+        ours.update(model, step)
+        share *= next(decays) if step % 2 == 0 else 1
+        assert ours.model.stem.bias[0].item() == pytest.approx(share, rel=1e-5)
+    assert section.ema_updates(22) == 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"ema_decay": 0.995, "ema_update_every": 10, "ema_start_step": 100, "num_steps": 1500}, "49% those of step 100"),
+        ({"ema_decay": 0.995, "ema_update_every": 10, "ema_start_step": 100, "num_steps": 1500, "ema_warmup": True}, None),
+        ({"ema_decay": 0.995, "ema_update_every": 10, "ema_start_step": 2000, "num_steps": 100_000}, None),
+        ({"ema_decay": 0.9, "num_steps": 30}, None),  # 29 updates: 0.047
+        ({"ema_decay": 0.9, "num_steps": 29}, "5% those of step 2"),  # 28: 0.052
+        ({"ema_decay": 0.9, "num_steps": 1}, None),  # a plain copy
+    ],
+)
+def test_a_stale_average_is_warned_of(settings: dict[str, Any], warned: str | None) -> None:
+    line = tiny(training=settings).training.stale_average()
+    assert (line is None) == (warned is None)
+    assert warned is None or warned in str(line)
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 def test_resuming_equals_the_uninterrupted_run_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
@@ -213,6 +274,7 @@ def test_resuming_equals_the_uninterrupted_run_to_the_bit(
 
     monkeypatch.setattr(training, "train_step", overflowing)
     settings = {"mixed_precision": precision, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0}
+    settings |= {"ema_warmup": precision == "bf16", "keep_every": 2}
     experiment, calls = tiny(training=settings), iter(range(100))
     straight = train(experiment, tmp_path / "straight")
     calls = iter(range(100))
@@ -222,6 +284,10 @@ def test_resuming_equals_the_uninterrupted_run_to_the_bit(
     assert set(files_of(tmp_path / "straight")) == {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}
     assert files_of(tmp_path / "straight") == files_of(tmp_path / "parts")
     assert state_of(tmp_path / "straight") == state_of(tmp_path / "parts")
+    for run in ("straight", "parts"):  # of all steps, the last two saved and those kept for good
+        kept = {path.name: (path / "ema.safetensors").read_bytes() for path in checkpoints_of(tmp_path / run)}
+        assert list(kept) == ["step-00000002", "step-00000004", "step-00000006"]
+        assert kept["step-00000004"] == (tmp_path / "straight/checkpoints/step-00000004/ema.safetensors").read_bytes()
     assert (state_of(tmp_path / "parts")["scaler"] or {}).get("scale") == (2.0**15 if overflows else None)
     assert (resumed.loss, resumed.steps, resumed.images_seen) == (straight.loss, 6, 24)
     assert resumed.status == "ok"
