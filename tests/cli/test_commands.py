@@ -1,6 +1,7 @@
 """The commands as a user runs them, end to end; bad input is one line on stderr, exit code 2, and nothing written over."""
 
 import json
+import shutil
 import subprocess
 import zipfile
 
@@ -68,6 +69,7 @@ def test_train_resumes_and_will_not_write_over(trained, tiny_file):
     assert "100% those of step 1" in done.stderr  # an average that is updated every ten steps, in five
 
 
+@pytest.mark.slow
 def test_fid_through_the_real_inception_path_names_unpublished_weights(folder, inception_file):
     done = pbbench(
         "fid",
@@ -195,17 +197,11 @@ def test_convert_the_released_checkpoint(shared, tmp_path):
 
 
 def test_unreadable_images_are_named_and_counted(tiny_file, folder, tmp_path):
-    import shutil
-
+    """A sweep does so, too (tests/sweep/test_finished_sweep.py)."""
     photos = tmp_path / "photos"
     shutil.copytree(folder, photos)
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of an image")
-    words = ("--experiment", tiny_file, "--set", f"data.source={photos}")
-    done = pbbench("train", *words, "--out", tmp_path / "run")
+    done = pbbench("train", "--experiment", tiny_file, "--set", f"data.source={photos}", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "broken.jpg" in done.stderr
     assert "1 skipped" in done.stderr
-    done = pbbench("sweep", *words, "--dividers", "1", "--out", tmp_path / "sweep", "--set", "quality.num_images=8")
-    assert done.returncode == 0, done.stderr
-    assert "broken.jpg" in done.stderr
-    assert "1 skipped" in (tmp_path / "sweep" / "report.md").read_text()

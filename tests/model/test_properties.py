@@ -138,6 +138,7 @@ def test_in_16_bits_chunks_equal_the_stack_and_both_approximate_float32(drawn: A
 # Peaks
 
 
+@pytest.mark.slow
 @some(12)
 @given(networks(max_rows=12, largest_width=40), st.sampled_from(["no", "no", "bf16", "fp16"]))
 def test_sampling_never_needs_more_for_fewer_patches_a_pass(drawn: Any, precision: str) -> None:
@@ -150,6 +151,7 @@ def test_sampling_never_needs_more_for_fewer_patches_a_pass(drawn: Any, precisio
     assert peaks == sorted(peaks), dict(zip(sizes, peaks, strict=True))
 
 
+@pytest.mark.slow
 @some(6)
 @given(networks(max_rows=9, largest_width=24), st.sampled_from(["none", "cheap", "full"]), st.sampled_from(["no", "bf16"]))
 def test_training_never_needs_more_for_smaller_chunks(drawn: Any, recompute: str, precision: str) -> None:

@@ -103,6 +103,7 @@ def test_the_search_for_the_largest_that_fits():
         assert rivals.largest(fits, (1, 2, 4, 8, 16), limit)["choice"] == expected
 
 
+@pytest.mark.slow
 def test_speed_rounds_and_their_ratios(tmp_path):
     words = ["--dim", "8", "--image-size", "16", "--batch-size", "1", "--dividers", "1", "2", "4", "--seconds", "0"]
     speed.main([*words, "--device", "cpu", "--out", str(tmp_path)])

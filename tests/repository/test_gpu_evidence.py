@@ -78,6 +78,7 @@ def test_nothing_measured_is_said(tmp_path: Path) -> None:
     assert {line["status"] for line in evidence.compare_predictions(tmp_path)} == {"not measured"}
 
 
+@pytest.mark.slow
 def test_the_whole_procedure(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU: doctor, traces and grid pass; the cuda tests are replaced by one process that fails, and the rest goes on."""
     tiny.write_text(TINY.replace("[1, 2]\nbatch_sizes = [1, 2]", "[2]\nbatch_sizes = [1]"))

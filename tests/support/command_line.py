@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from typing import Any
 
 TINY = """
@@ -30,6 +31,13 @@ save_samples = true
 dividers = [1, 2]
 measured_steps = 2
 """
+
+
+def tiny(**sections: dict[str, Any]) -> Any:
+    """That experiment, with other settings in some sections."""
+    from pbbench.experiment.experiment import merge, parse_experiment
+
+    return parse_experiment(merge(tomllib.loads(TINY), sections), "test")
 
 
 def command(*words: object) -> list[str]:

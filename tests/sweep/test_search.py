@@ -74,6 +74,7 @@ def test_one_image_more_than_the_largest_batch_does_not_fit(seeking: Search, div
     assert found.margin_bytes == 200 * MIB - found.predicted_reserved_bytes
 
 
+@pytest.mark.slow
 def test_the_fastest_setting_is_the_least_estimated_time_of_all_that_fit() -> None:
     """Against every combination there is."""
     limit, batch, divider = 30 * MIB, 8, 2

@@ -2,25 +2,18 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from command_line import TINY, command, pbbench
+from command_line import command, pbbench, tiny
 from PIL import Image
 
-from pbbench.cli import app
-from pbbench.cli.options import run_app
 from pbbench.errors import InputError
-from pbbench.experiment.experiment import parse_experiment
-from pbbench.experiment.presets import load_experiment
 from pbbench.records.cells import read_cells
-from pbbench.records.rows import CATEGORIES
 from pbbench.sweep.grid import plan
 from pbbench.sweep.local import run_cell
 from pbbench.sweep.run import run_sweep
@@ -35,27 +28,8 @@ class Deaf:
     def cell_ended(self, cell, result, seconds): ...
 
 
-def tiny(**sections):
-    import tomllib
-
-    values = tomllib.loads(TINY)
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    return parse_experiment(values, "test")
-
-
 def cell_of(experiment, kind="measure"):
     return next(cell for cell in plan(experiment) if cell.kind == kind)
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_file, tmp_path_factory):
-    """A whole sweep, as a user runs it."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    environment = {**os.environ, "TORCH_HOME": str(out.parent / "no-weights-here"), "PBBENCH_INCEPTION_WEIGHTS": ""}
-    done = pbbench("sweep", "--experiment", tiny_file, "--dividers", "1", "2", "--out", out, env=environment)
-    assert done.returncode == 0, done.stderr
-    return out, done
 
 
 def test_settings_that_come_to_the_same_are_one_cell():
@@ -101,101 +75,6 @@ def test_what_quality_cells_will_need_is_looked_at_before_anything_runs(tmp_path
     (half / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"checkpoints.1: .*half is not a folder that pbbench train or convert wrote"):
         plan(tiny(sweep={"checkpoints": {"1": str(tmp_path / "half")}}))
-
-
-def test_a_sweep_leaves_results_for_every_divider_and_a_report(finished):
-    out, done = finished
-    cells = read_cells(out)
-    assert {cell.id: cell.status for cell in cells} == {cell.id: "ok" for cell in plan(tiny())}
-    for name in ("experiment.toml", "environment.json", "results.csv", "results.json", "report.md", "report.html", "table.tex"):
-        assert (out / name).stat().st_size > 0
-    assert load_experiment(out / "experiment.toml") == tiny()
-    assert "1" in done.stdout
-    assert "report" in done.stderr
-    assert done.stderr.count("100% those of step 1") == 1  # two trainings whose averages keep their start, one line
-
-
-def test_the_parts_of_every_peak_sum_to_it(finished):
-    rows = [row for cell in read_cells(finished[0]) for row in cell.rows if row.peak_live_bytes is not None]
-    assert {row.phase for row in rows} == {"sample_step", "train_step", "forward", "backward", "optimizer"}
-    for row in rows:
-        assert sum(getattr(row, f"{name}_bytes") for name in CATEGORIES) == row.peak_live_bytes
-        assert row.optimizer_bytes == 0 if row.phase == "sample_step" else row.optimizer_bytes >= 2 * row.parameter_bytes
-
-
-def test_one_patch_index_at_a_time_holds_less_than_all_patches(finished):
-    activations = {
-        row.patch_batch_size: row.activation_bytes
-        for cell in read_cells(finished[0])
-        for row in cell.rows
-        if row.patch_divider == 2 and row.phase == "sample_step" and row.temperature == "warm"
-    }
-    assert activations[2] < 0.5 * activations[8]
-
-
-def test_offline_the_stand_in_has_its_own_name_and_fid_is_null_with_the_reason(finished):
-    row = next(row for cell in read_cells(finished[0]) for row in cell.rows if row.phase == "quality")
-    assert row.frechet_inception_distance is None
-    assert "Inception weights" in row.reasons["frechet_inception_distance"]
-    assert row.random_features_frechet_distance > 0
-    assert row.random_features_patch_frechet_distance > 0
-    assert row.patch_frechet_inception_distance is None
-    assert (row.num_images, row.images_seen, row.sampler, row.num_inference_steps) == (16, 8, "ddim", 2)
-    assert row.seam_score is None
-    assert row.held_out_loss > 0
-
-
-def test_the_scored_samples_are_kept_where_that_is_asked_for(finished):
-    """Scoring itself takes them from memory: without ``quality.save_samples`` only the grid is written."""
-    out, _ = finished
-    cell = next(cell for cell in read_cells(out) if cell.kind == "quality")
-    files = sorted((out / "samples" / cell.id).iterdir())
-    assert [file.name for file in files] == [f"{index:06}.png" for index in range(16)]
-    grid, first = (np.asarray(Image.open(path)) for path in (out / cell.details["grid"], files[0]))
-    assert any((grid[y : y + 16, x : x + 16] == first).all() for y in range(6) for x in range(6))
-
-
-def test_what_is_unknown_on_a_cpu_is_null_with_a_reason(finished):
-    for cell in read_cells(finished[0]):
-        for row in cell.rows:
-            if row.phase in ("sample_step", "train_step"):
-                assert row.peak_allocated_bytes is None
-                assert "CUDA" in row.reasons["peak_allocated_bytes"]
-                assert row.peak_rss_bytes > 0
-
-
-def test_resuming_a_finished_sweep_runs_nothing(finished, tiny_file):
-    out, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
-    done = pbbench("sweep", "--resume", "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ((), "is not empty"),
-        (("--resume", "--set", "training.num_steps=5"), "training.num_steps: 4 → 5"),
-    ],
-)
-def test_a_finished_folder_is_not_written_over(finished, tiny_file, words, told):
-    done = pbbench("sweep", "--experiment", tiny_file, "--out", finished[0], *words)
-    assert done.returncode == 2
-    assert told in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_another_environment_is_refused_unless_asked(finished, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "copy"
-    shutil.copytree(finished[0], out)
-    monkeypatch.setattr("pbbench.report.write_report", lambda out: None)  # drawn again elsewhere
-    environment = json.loads((out / "environment.json").read_text())
-    (out / "environment.json").write_text(json.dumps({**environment, "torch": "1.0"}))
-    assert run_app(app, ["sweep", "--resume", "--out", str(out)]) == 2
-    assert "torch: 1.0 →" in capsys.readouterr().err
-    assert run_app(app, ["sweep", "--resume", "--out", str(out), "--any-environment"]) == 0
-    assert json.loads((out / "environment.json").read_text())["continued_in"][0]["torch"] != "1.0"
 
 
 @pytest.mark.slow
@@ -303,6 +182,7 @@ def test_a_loss_that_is_no_number_is_a_row(tmp_path):
     assert result.rows[-1].phase == "quality"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_can_be_resumed(tiny_file, tmp_path):
     out = tmp_path / "out"
     words = ["sweep", "--experiment", tiny_file, "--memory-only", "--dividers", "1", "--out", out]
