@@ -32,6 +32,7 @@ from pbbench.sweep.planning.search import Search
 from pbbench.training.setup import build_network
 from pbbench.training.train import train
 
+pytestmark = pytest.mark.usefixtures("kept_predictions")
 KIB = 2**10
 TINY = """
 name = "tiny"

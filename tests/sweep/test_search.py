@@ -17,6 +17,7 @@ from pbbench.sweep.planning.forecast import forecast_step
 from pbbench.sweep.planning.predictions import search
 from pbbench.sweep.planning.search import Search, largest, relative_cost
 
+pytestmark = pytest.mark.usefixtures("kept_predictions")
 MIB = 2**20
 SMALL = {
     "model": {"dim": 16, "dim_mults": [1], "image_size": 32},
