@@ -24,7 +24,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
     """torchrun on a CPU: gradients are exchanged once per step, whatever the chunks and micro-batches."""
     script = tmp_path / "job.py"
     script.write_text(
-        "import sys\nfrom pbbench.experiment.experiment import load_experiment\nfrom pbbench.training.train import train\n"
+        "import sys\nfrom pbbench.experiment.presets import load_experiment\nfrom pbbench.training.train import train\n"
         "if __name__ == '__main__':\n    print(train(load_experiment(sys.argv[1]), sys.argv[2]))\n"
     )
     settings = {"gradient_accumulation_steps": 2, "sample_every": 6, "num_grid_samples": 3}
@@ -54,7 +54,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path) -> None:
 PARTS = """
 import os, signal, sys
 from pathlib import Path
-from pbbench.experiment.experiment import load_experiment
+from pbbench.experiment.presets import load_experiment
 from pbbench.training import progress
 from pbbench.training.train import train
 
