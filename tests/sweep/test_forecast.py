@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from pbbench.cli import app
+from pbbench.cli.options import run_app
 from pbbench.experiment.experiment import parse_experiment
 from pbbench.experiment.presets import load_experiment
 from pbbench.model import unet
@@ -79,11 +81,11 @@ def test_predict_prints_json_and_nothing_else():
         assert sum(row[step][f"{name}_bytes"] for name in CATEGORIES) == row[step]["peak_live_bytes"]
 
 
-def test_a_dry_run_lists_the_cells_and_writes_nothing(tmp_path):
-    words = ["sweep", "--preset", "cpu", "--device", "cpu", "--dividers", "1", "2", "--dry-run"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pbbench.cli", *words], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
-    assert "d2-quality" in done.stdout
-    assert "MiB" in done.stdout
+def test_a_dry_run_lists_the_cells_and_writes_nothing(tiny_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["sweep", "--experiment", str(tiny_file), "--device", "cpu", "--dividers", "1", "2", "--dry-run"]
+    assert run_app(app, words) == 0
+    told = capsys.readouterr().out
+    assert "d2-quality" in told
+    assert "MiB" in told
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """What fits under a limit: the search itself, and its answers against predictions made one by one."""
 
+import copy
 import json
 
 import pytest
@@ -92,7 +93,9 @@ def test_the_fastest_setting_is_the_least_estimated_time_of_all_that_fit() -> No
 
 def test_known_terms_take_their_part_of_the_limit(seeking: Search) -> None:
     terms = Calibration(workspace_bytes=80 * MIB, context_bytes=4 * MIB, source="a run")
-    tighter = Search(parse_experiment(SMALL, "test"), "train_step", 200 * MIB, terms).largest_batch(2)
+    beside = copy.copy(seeking)  # with the predictions that are there already
+    beside.calibration = terms
+    tighter = beside.largest_batch(2)
     free = seeking.largest_batch(2)
     assert tighter is not None
     assert free is not None
