@@ -16,7 +16,7 @@ from pbbench.errors import InputError
 
 
 class Images(Protocol):
-    """A sequence of uint8 C, H, W tensors of one size: ``training.data.ImageSet``, any such Dataset, or a list. A set that
+    """A sequence of uint8 C, H, W tensors of one size: ``data.images.ImageSet``, any such Dataset, or a list. A set that
     holds only a process's share of its images states their (C, H, W) as ``image_shape``."""
 
     def __len__(self) -> int: ...
