@@ -8,6 +8,7 @@ memory behind it) the parts without memory behind them are blocks too, not ``map
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 
 
 class Block:
@@ -46,6 +47,13 @@ class Block:
         self.next = self.next.next
         if self.next is not None:
             self.next.prev = self
+
+    def chain(self) -> Iterator[Block]:
+        """This block and all that follow in its segment."""
+        block: Block | None = self
+        while block is not None:
+            yield block
+            block = block.next
 
     def is_split(self) -> bool:
         """Whether its segment has other blocks, too."""

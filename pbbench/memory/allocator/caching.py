@@ -9,31 +9,36 @@ on the device (``capacity_bytes`` says it). Not modelled: memory pools (those of
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from pbbench.errors import InputError
 from pbbench.memory.allocator.blocks import Block
-from pbbench.memory.allocator.segments import Memory, Segment
+from pbbench.memory.allocator.layout import Segment
+from pbbench.memory.allocator.segments import Memory
 from pbbench.memory.allocator.settings import AllocatorSettings
 
 DEFAULT_SETTINGS = AllocatorSettings()
 
 
+@dataclass(eq=False)
 class AllocatorOutOfMemory(Exception):  # noqa: N818 (it says what happened, as torch's OutOfMemoryError does)
     """A request did not fit into ``capacity_bytes``, not even with the cache given back. Bytes at that moment."""
 
-    def __init__(self, requested: int, free: int, allocated: int, reserved: int, retries: int) -> None:
-        super().__init__(
-            f"out of memory: {requested} bytes requested, {free} free, {reserved} reserved, {allocated} of them allocated"
+    requested: int
+    free: int
+    allocated: int
+    reserved: int
+    retries: int
+
+    def __str__(self) -> str:
+        return (
+            f"out of memory: {self.requested} bytes requested, {self.free} free, {self.reserved} reserved, "
+            f"{self.allocated} of them allocated"
         )
-        self.requested = requested
-        self.free = free
-        self.allocated = allocated
-        self.reserved = reserved
-        self.retries = retries
 
 
-class CachingAllocator:
+class CachingAllocator(Memory):
     """Blocks go by their address. ``*_bytes`` are the current figures, ``peak_*_bytes`` the largest since ``reset_peaks``.
 
     requested: what was asked for; allocated: the blocks handed out for it; active: with the blocks that were freed and that
@@ -41,25 +46,11 @@ class CachingAllocator:
     """
 
     def __init__(self, settings: AllocatorSettings = DEFAULT_SETTINGS, capacity_bytes: int | None = None) -> None:
-        self.settings = settings
+        super().__init__(settings, capacity_bytes)
         self.requested_bytes = self.allocated_bytes = self.active_bytes = 0
         self.peak_requested_bytes = self.peak_allocated_bytes = self.peak_active_bytes = 0
-        self._memory = Memory(settings, capacity_bytes)
         self._active: dict[int, Block] = {}
         self._fullest = (0, 0)  # the largest reservation, and the most that was allocated while it stood
-
-    @property
-    def reserved_bytes(self) -> int:
-        return self._memory.reserved_bytes
-
-    @property
-    def peak_reserved_bytes(self) -> int:
-        return self._memory.peak_reserved_bytes
-
-    @property
-    def num_alloc_retries(self) -> int:
-        """How often a request was tried again after the whole cache had been given back."""
-        return self._memory.num_retries
 
     def allocate(self, requested_bytes: int, stream: int = 0, *, segment_address: int | None = None) -> int:
         """The address of a block of at least ``requested_bytes`` > 0.
@@ -68,14 +59,14 @@ class CachingAllocator:
         """
         if requested_bytes <= 0:
             raise ValueError(f"cannot allocate {requested_bytes} bytes")
-        memory = self._memory
         size = self.settings.rounded(requested_bytes)
-        pool = memory.pool(stream, small=size <= self.settings.small_request_bytes)
-        block = memory.best_fit(pool, size) or memory.new_block(pool, size, segment_address)
+        pool = self.pool(stream, small=size <= self.settings.small_request_bytes)
+        block = self.best_fit(pool, size) or self.new_block(pool, size, segment_address)
         if block is None:
             self._note_peaks()  # an expandable segment may have grown on the way to the failure
-            free = memory.free_bytes()
-            raise AllocatorOutOfMemory(requested_bytes, free, self.allocated_bytes, self.reserved_bytes, memory.num_retries)
+            assert self.capacity_bytes is not None, "there is always room where there is no limit"
+            free = self.capacity_bytes - self.reserved_bytes
+            raise AllocatorOutOfMemory(requested_bytes, free, self.allocated_bytes, self.reserved_bytes, self.num_alloc_retries)
         if self.settings.splits(block.size, size, small=pool.small):
             pool.put(block.split(size))
         block.free, block.allocated, block.requested = False, True, requested_bytes
@@ -109,37 +100,33 @@ class CachingAllocator:
         block.free = True
         block.pool.settle(block)
 
-    def empty_cache(self) -> None:
-        """Give all segments without an active block back, and of expandable ones all pages without."""
-        self._memory.empty_cache()
+    def restore(self, segments: Iterable[Segment]) -> list[int]:
+        """Start from these segments (``segments`` of another one) instead of from nothing; the addresses of active blocks.
 
-    def give_back(self, address: int, size: int) -> bool:
-        """Give back what a recording says was given back there; False where that is not free here."""
-        return self._memory.give_back(address, size)
-
-    def segments(self) -> list[Segment]:
-        """What is reserved, by address; of an expandable segment each range with memory behind it, as in torch's snapshots."""
-        return self._memory.segments()
-
-    def restore(self, segments: Iterable[Segment]) -> None:
-        """Start from these segments (``segments`` of another one) instead of from nothing; peaks start at what they hold."""
-        for block in self._memory.restore(segments):
+        Peaks start at what they hold.
+        """
+        for block in self.take_over(segments):
             self._active[block.address] = block
             self.requested_bytes += block.requested
             self.active_bytes += block.size
             self.allocated_bytes += block.size if block.allocated else 0
         self.reset_peaks()
+        return list(self._active)
 
     def reset_peaks(self) -> None:
         self.peak_requested_bytes = self.peak_allocated_bytes = self.peak_active_bytes = 0
-        self._memory.peak_reserved_bytes = self.reserved_bytes
+        self.peak_reserved_bytes = self.reserved_bytes
         self._fullest = (0, 0)
         self._note_peaks()
 
     @property
+    def num_segments(self) -> int:
+        return len(self.segments())
+
+    @property
     def inactive_split_bytes(self) -> int:
         """Free blocks whose segment is partly in use, so that it cannot be given back (torch leaves expandable ones out)."""
-        free = (block for pool in self._memory.pools.values() for block in pool.blocks())
+        free = (block for pool in self.pools.values() for block in pool.blocks())
         return sum(block.size for block in free if block.is_split() and not block.expandable)
 
     @property
@@ -147,6 +134,10 @@ class CachingAllocator:
         """The part of the largest reservation that was never handed out while it stood: 1 − allocated / reserved."""
         reserved, allocated = self._fullest
         return 1 - allocated / reserved if reserved else 0.0
+
+    def figures(self, names: Iterable[str]) -> dict[str, Any]:
+        """Figures by the names that ``Replay`` and torch's statistics give them: closing_* is what there is now."""
+        return {name: getattr(self, name.removeprefix("closing_")) for name in names}
 
     def _note_peaks(self) -> None:
         if self.requested_bytes > self.peak_requested_bytes:
@@ -203,17 +194,4 @@ def replay(
             allocator.free(held.pop(key))
     if number < peaks_from:
         allocator.reset_peaks()
-    return Replay(
-        peak_requested_bytes=allocator.peak_requested_bytes,
-        peak_allocated_bytes=allocator.peak_allocated_bytes,
-        peak_active_bytes=allocator.peak_active_bytes,
-        peak_reserved_bytes=allocator.peak_reserved_bytes,
-        closing_requested_bytes=allocator.requested_bytes,
-        closing_allocated_bytes=allocator.allocated_bytes,
-        closing_active_bytes=allocator.active_bytes,
-        closing_reserved_bytes=allocator.reserved_bytes,
-        inactive_split_bytes=allocator.inactive_split_bytes,
-        num_segments=len(allocator.segments()),
-        num_alloc_retries=allocator.num_alloc_retries,
-        fragmentation=allocator.fragmentation,
-    )
+    return Replay(**allocator.figures(field.name for field in fields(Replay)))

@@ -7,36 +7,13 @@ does not end, in whose pages memory is put where it is needed, and taken away ag
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from pbbench.memory.allocator.blocks import Block, Pool
+from pbbench.memory.allocator.layout import Segment, mapped_ranges
 from pbbench.memory.allocator.settings import AllocatorSettings
 
 ADDRESS_RANGE = 2**50
 """Of an expandable segment. torch takes 9/8 of the device's memory; what counts is that it does not run out."""
-
-
-class SegmentBlock(NamedTuple):
-    """A part of a segment. ``active`` and not ``allocated``: freed, but another stream may still use it."""
-
-    offset: int
-    size: int
-    requested: int
-    allocated: bool
-    active: bool
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of memory from the driver, or a range of an expandable segment with memory behind it. The blocks tile it."""
-
-    address: int
-    size: int
-    stream: int
-    small: bool
-    expandable: bool
-    blocks: tuple[SegmentBlock, ...]
 
 
 class Memory:
@@ -46,7 +23,7 @@ class Memory:
         self.settings = settings
         self.capacity_bytes = capacity_bytes
         self.reserved_bytes = self.peak_reserved_bytes = 0
-        self.num_retries = 0
+        self.num_alloc_retries = 0  # how often a request was tried again after the whole cache had been given back
         self.pools: dict[tuple[int, bool], Pool] = {}
         self._heads: dict[int, Block] = {}  # the first block of every segment, by its address
         self._next_address = ADDRESS_RANGE
@@ -74,39 +51,26 @@ class Memory:
         return False
 
     def segments(self) -> list[Segment]:
-        """What is reserved, by address; of an expandable segment each range with memory behind it, as torch's snapshots."""
-        found = []
-        for _, head in sorted(self._heads.items()):
-            mapped: list[Block] = []
-            for block in _chain(head):
-                if block.mapped:
-                    mapped.append(block)
-                elif mapped:
-                    found.append(_segment(mapped))
-                    mapped = []
-            if mapped:
-                found.append(_segment(mapped))
-        return found
+        """What is reserved, by address; of an expandable segment each range with memory behind it, as in torch's snapshots."""
+        return list(mapped_ranges(head for _, head in sorted(self._heads.items())))
 
-    def restore(self, segments: Iterable[Segment]) -> list[Block]:
+    def take_over(self, segments: Iterable[Segment]) -> Iterator[Block]:
         """Start from these segments instead of from nothing; their active blocks.
 
         Ranges of one stream and size class of expandable segments are taken for parts of one that begins at the first.
         """
         assert not self._heads, "only an allocator that has done nothing can start from segments"
-        active = []
         for segment in sorted(segments, key=lambda each: each.address):
-            active += self._restore(segment)
+            yield from self._take_over(segment)
             self._next_address = max(self._next_address, segment.address + 2 * ADDRESS_RANGE)
-        self.peak_reserved_bytes = self.reserved_bytes
-        return active
 
-    def _restore(self, segment: Segment) -> list[Block]:
+    def _take_over(self, segment: Segment) -> Iterator[Block]:
         pool = self.pool(segment.stream, small=segment.small)
         if segment.expandable:
-            block = next((pool.at(each) for each in pool.unmapped[-1:]), None)
-            if block is None:
-                block = self._expandable_segment(pool, segment.address)
+            if pool.unmapped:
+                block = pool.at(pool.unmapped[-1])
+            else:
+                block = self._segment(pool, segment.address, ADDRESS_RANGE, expandable=True)
             if block.address < segment.address:  # a hole: its memory has been given back
                 block = block.split(segment.address - block.address)
             else:
@@ -116,17 +80,15 @@ class Memory:
         else:
             block = self._segment(pool, segment.address, segment.size)
         self.reserved_bytes += segment.size
-        active = []
         for part in segment.blocks:
             rest = block.split(part.size) if part.size < block.size else None
             if part.active:
                 block.free, block.allocated, block.requested = False, part.allocated, part.requested
-                active.append(block)
+                yield block
             else:
                 pool.put(block)
             if rest is not None:
                 block = rest
-        return active
 
     def pool(self, stream: int, *, small: bool) -> Pool:
         pool = self.pools.get((stream, small))
@@ -162,7 +124,7 @@ class Memory:
             block = self._grow(pool, size, segment_address)
         if block is None:
             self.empty_cache()
-            self.num_retries += 1
+            self.num_alloc_retries += 1
             block = self._grow(pool, size, segment_address)
         return block
 
@@ -170,24 +132,16 @@ class Memory:
         if self.settings.expandable_segments:
             return self._extend(pool, size, segment_address)
         nbytes = self.settings.segment_bytes(size)
-        if not self._fits(nbytes):
-            return None
-        self._reserve(nbytes)
-        return self._segment(pool, segment_address, nbytes)
+        return self._segment(pool, segment_address, nbytes) if self._reserve(nbytes) else None
 
     def _extend(self, pool: Pool, size: int, segment_address: int | None) -> Block | None:
         """Put memory behind the lowest addresses where the request can lie, free blocks in between included."""
-        block = _room(pool, size) or self._expandable_segment(pool, segment_address)
-        if not block.mapped:
-            mapped = self._map(block, min(block.size, size))
-            if mapped is None:
-                return None
-            block = mapped
-        while block.size < size:
-            after = block.next
-            assert after is not None
-            assert not after.mapped
-            mapped = self._map(after, min(size - block.size, after.size))
+        block = _room(pool, size) or self._segment(pool, segment_address, ADDRESS_RANGE, expandable=True)
+        while not block.mapped or block.size < size:
+            have, rest = (block.size, block.next) if block.mapped else (0, block)
+            assert rest is not None
+            assert not rest.mapped
+            mapped = self._map(rest, min(size - have, rest.size))
             if mapped is None:
                 return None  # what was mapped so far stays in the pool
             block = mapped
@@ -198,13 +152,12 @@ class Memory:
         """Put whole pages of memory behind the first ``size`` bytes of an unmapped block; the free block they are now in."""
         page = self._page(block)
         nbytes = -(-size // page) * page
-        if not self._fits(nbytes):
+        if not self._reserve(nbytes):
             return None
         block.pool.take(block)
         if nbytes < block.size:
             block.pool.put(block.split(nbytes))
         block.mapped = True
-        self._reserve(nbytes)
         return block.pool.settle(block)
 
     def _unmap(self, block: Block) -> int:
@@ -255,57 +208,23 @@ class Memory:
             self._release(block)
         return released >= wanted
 
-    def free_bytes(self) -> int:
-        """What is left of ``capacity_bytes``."""
-        assert self.capacity_bytes is not None, "there is always room where there is no limit"
-        return self.capacity_bytes - self.reserved_bytes
-
-    def _fits(self, nbytes: int) -> bool:
-        return self.capacity_bytes is None or self.reserved_bytes + nbytes <= self.capacity_bytes
-
-    def _reserve(self, nbytes: int) -> None:
+    def _reserve(self, nbytes: int) -> bool:
+        """Take so much from the driver; False where it has not got it."""
+        if self.capacity_bytes is not None and self.reserved_bytes + nbytes > self.capacity_bytes:
+            return False
         self.reserved_bytes += nbytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        return True
 
-    def _segment(self, pool: Pool, address: int | None, size: int) -> Block:
+    def _segment(self, pool: Pool, address: int | None, size: int, *, expandable: bool = False) -> Block:
+        """A new segment, whole in one block. An expandable one is a range of addresses without memory behind it."""
         if address is None:
             address = self._next_address
             self._next_address += size
-        block = self._heads[address] = Block(pool, address, address, size, expandable=False)
+        block = self._heads[address] = Block(pool, address, address, size, expandable=expandable, mapped=not expandable)
+        if expandable:
+            pool.put(block)
         return block
-
-    def _expandable_segment(self, pool: Pool, address: int | None) -> Block:
-        """A range of addresses without memory behind it."""
-        if address is None:
-            address = self._next_address
-            self._next_address += ADDRESS_RANGE
-        block = self._heads[address] = Block(pool, address, address, ADDRESS_RANGE, expandable=True, mapped=False)
-        pool.put(block)
-        return block
-
-
-def _chain(head: Block) -> Iterator[Block]:
-    block: Block | None = head
-    while block is not None:
-        yield block
-        block = block.next
-
-
-def _segment(blocks: list[Block]) -> Segment:
-    first = blocks[0]
-    return Segment(
-        address=first.address,
-        size=sum(block.size for block in blocks),
-        stream=first.pool.stream,
-        small=first.pool.small,
-        expandable=first.expandable,
-        blocks=tuple(
-            SegmentBlock(
-                block.address - first.address, block.size, 0 if block.free else block.requested, block.allocated, not block.free
-            )
-            for block in blocks
-        ),
-    )
 
 
 def _room(pool: Pool, size: int) -> Block | None:
@@ -315,7 +234,7 @@ def _room(pool: Pool, size: int) -> Block | None:
         if start.prev is not None and start.prev.free:
             start = start.prev
         nbytes = 0
-        for block in _chain(start):
+        for block in start.chain():
             if not block.free or nbytes >= size:
                 break
             nbytes += block.size

@@ -8,6 +8,7 @@ would be wrong without saying so.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pbbench.errors import InputError
 
@@ -17,15 +18,13 @@ _SETTINGS_SINCE = {
     (2, 15): frozenset({"large_segment_size_mb"}),
 }
 """Modelled settings by the first torch version in which they are modelled; a later version has those of the earlier ones."""
-WITHOUT_EFFECT = frozenset(
-    {
-        "pinned_use_background_threads",
-        "pinned_use_cuda_host_register",
-        "pinned_num_register_threads",
-        "pinned_reserve_segment_size_mb",
-        "release_lock_on_cudamalloc",
-    }
-)
+WITHOUT_EFFECT = {
+    "pinned_use_background_threads",
+    "pinned_use_cuda_host_register",
+    "pinned_num_register_threads",
+    "pinned_reserve_segment_size_mb",
+    "release_lock_on_cudamalloc",
+}
 """Settings of host memory and of locks: they move no byte on the device."""
 
 
@@ -72,13 +71,18 @@ class AllocatorSettings:
             if value not in ("True", "False"):
                 raise InputError(f"expandable_segments must be True or False, not {value!r}")
             return replace(self, expandable_segments=value == "True")
-        if key == "large_segment_size_mb":
-            return replace(self, large_segment_bytes=_mebibytes(key, value, self.min_large_bytes + MIB))
-        if key == "max_split_size_mb":  # the order counts: a larger large_segment_size_mb before it raises the minimum
-            return replace(self, max_split_bytes=_mebibytes(key, value, self.large_segment_bytes))
-        if key == "max_non_split_rounding_mb":
-            return replace(self, max_non_split_rounding_bytes=_mebibytes(key, value, self.large_segment_bytes))
-        return self
+        least = {
+            "large_segment_size_mb": self.min_large_bytes + MIB,
+            "max_split_size_mb": self.large_segment_bytes,  # a larger large_segment_size_mb before it raises its minimum
+            "max_non_split_rounding_mb": self.large_segment_bytes,
+        }.get(key)
+        if least is None:
+            return self
+        if not value.isascii() or not value.isdigit() or int(value) * MIB < least:
+            raise InputError(f"{key} must be a whole number of at least {least // MIB} (MiB), not {value!r}")
+        field = key.removesuffix("_mb").removesuffix("_size") + "_bytes"
+        changes: dict[str, Any] = {field: int(value) * MIB}
+        return replace(self, **changes)
 
     def rounded(self, requested_bytes: int) -> int:
         """The size of the block that a request is looked for: whole units of 512 bytes."""
@@ -129,9 +133,3 @@ def _pairs(text: str) -> list[tuple[str, str]]:
             raise InputError(f"cannot read the allocator settings {text!r}; write them as key:value,key:value")
         pairs.append((key, value))
     return pairs
-
-
-def _mebibytes(key: str, value: str, minimum: int) -> int:
-    if not value.isascii() or not value.isdigit() or int(value) * MIB < minimum:
-        raise InputError(f"{key} must be a whole number of at least {minimum // MIB} (MiB), not {value!r}")
-    return int(value) * MIB
