@@ -19,14 +19,14 @@ from pbbench.cli.options import ManyValues, run_app
 app = typer.Typer(
     name="pbbench",
     help="What patch-wise diffusion costs and saves: memory, speed and image quality per patch divider.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 for command in (sweep, predict, report, compare, train, sample, fid, convert, doctor):  # as --help lists them
     app.command(cls=ManyValues)(command)
-data = typer.Typer(help="Prepare sets of images for quick loading.", no_args_is_help=True, rich_markup_mode=None)
+data = typer.Typer(help="Prepare sets of images for quick loading.", invoke_without_command=True, rich_markup_mode=None)
 data.command(cls=ManyValues)(prepare)
 app.add_typer(data, name="data")
 
@@ -39,9 +39,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    pass
+    _help_without_a_command(context)
+
+
+@data.callback()
+def _help_without_a_command(context: typer.Context) -> None:
+    """Words that end at a group print its help, as --help does."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
 
 
 def main() -> None:

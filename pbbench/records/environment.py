@@ -64,6 +64,7 @@ def collect(device: str) -> dict[str, Any]:
     reasons: dict[str, str] = {}
     on_gpu = device == "cuda"
     settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+    commit = commit_of(Path(__file__).resolve().parents[2])
     found: dict[str, Any] = {
         "device": device,
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
@@ -95,9 +96,11 @@ def collect(device: str) -> dict[str, Any]:
         "versions": _versions(),
         "pbbench": __version__,
         "code": _code(),
-        **_commit(reasons),
+        **commit,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    if commit["commit"] is None:
+        reasons["commit"] = reasons["dirty"] = "the package does not run from a git clone of its own"
     if not on_gpu:
         for key in ("gpu", "gpu_memory_bytes", "cudnn", "allocator_backend"):
             reasons[key] = "the run is on the CPU"
@@ -154,20 +157,23 @@ def _code() -> str:
     return digest.hexdigest()[:16]
 
 
-def _commit(reasons: dict[str, str]) -> dict[str, Any]:
-    """The commit of the clone this package runs from; null where it was installed without one."""
-    root = Path(__file__).resolve().parents[2]
+def commit_of(root: Path) -> dict[str, Any]:
+    """The commit of pbbench's own clone at ``root``, and whether its code was changed since. Both null where ``root`` is none:
+    installed, or copied into somebody's repository, whose commit says nothing of this code."""
+
+    def git(*words: str) -> str:
+        own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's name its repository
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, env=own).stdout.strip()
+
     try:
-        head, status = (
-            subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20
-            ).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "pbbench", "experiments", "pyproject.toml"])
-        )
+        git("ls-files", "--error-unmatch", "pbbench/__init__.py")
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
+            code = ("pbbench", "experiments", "pyproject.toml")
+            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", *code))}
     except (OSError, subprocess.SubprocessError):
-        reasons["commit"] = reasons["dirty"] = "the package does not run from a git clone"
-        return {"commit": None, "dirty": None}
-    return {"commit": head, "dirty": bool(status)}
+        pass
+    return {"commit": None, "dirty": None}
 
 
 def main() -> None:

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Literal, NamedTuple, TypeVar
 
 from pbbench.errors import InputError
@@ -24,6 +20,7 @@ from pbbench.processes import world_size
 from pbbench.records import environment as environments
 from pbbench.records import folder
 from pbbench.records.cells import CellResult, write_cell
+from pbbench.signals import terminated_like_ctrl_c
 from pbbench.sweep import local, slurm
 from pbbench.sweep.grid import Cell, plan, trainings
 from pbbench.sweep.local import Listener
@@ -87,7 +84,7 @@ def run_sweep(
     if executor == "slurm":
         slurm.check_installed()
     resume = resume or shard is not None
-    with folder.Claims(out) as claims, _terminated_like_ctrl_c():
+    with folder.Claims(out) as claims, terminated_like_ctrl_c():
         if executor == "local":
             claims.take(folder.CELLS + cells.index(cell) for cell in mine)
         else:
@@ -130,23 +127,3 @@ def run_sweep(
 
                 write_report(out)
     return Ended(all(done[cell.id] == "ok" for cell in mine), complete)
-
-
-@contextlib.contextmanager
-def _terminated_like_ctrl_c() -> Iterator[None]:
-    """A scheduler's SIGTERM stops a sweep as Ctrl-C does: cells are stopped, and training saves what it has.
-
-    Signals can only be caught in the main thread; in another one this does nothing.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,15 +1,12 @@
-"""How training stands: a callback at most twice a second, a bar on stderr, and signals that ask it to stop."""
+"""How training stands: a callback at most twice a second, and a bar on stderr."""
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 INTERVAL = 0.5
@@ -101,37 +98,3 @@ class _Bar:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM noted instead of obeyed at once, so that training can save first; a second one acts at once.
-
-    Used as a context manager; afterwards ``deliver`` lets the noted signal have its usual effect. Signals can only be
-    caught in the main thread; in another one this does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def deliver(self) -> None:
-        if self.received is not None:
-            signal.raise_signal(self.received)

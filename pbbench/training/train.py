@@ -32,11 +32,12 @@ from pbbench.model.patching import row_chunks, split
 from pbbench.model.unet import PatchUNet
 from pbbench.processes import failing_in_turn
 from pbbench.records.files import write_text
+from pbbench.signals import StopSignals
 from pbbench.training import checkpoint as checkpoints
 from pbbench.training.ema import ExponentialMovingAverage
 from pbbench.training.generate import save_sample_grid
 from pbbench.training.optimizers import build_optimizer
-from pbbench.training.progress import Progress, StopSignals
+from pbbench.training.progress import Progress
 from pbbench.training.setup import (
     build_accelerator,
     build_network,

@@ -111,3 +111,12 @@ def test_every_command_has_help(capsys):
         assert command.callback is not None
         assert run_app(cli.app, [command.name or command.callback.__name__, "--help"]) == 0
         assert len(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize("words", [[], ["data"]])
+def test_words_that_end_at_a_group_print_its_help(words, capsys):
+    assert run_app(cli.app, [*words, "--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert run_app(cli.app, words) == 0
+    assert capsys.readouterr().out == help_text
+    assert "\nCommands:\n" in help_text

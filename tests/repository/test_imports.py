@@ -11,11 +11,12 @@ import imports
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EVERYONE = {"errors", "processes"}
-"""Two files that every room may use: the one error a user's mistake raises, and the processes of a torchrun."""
+EVERYONE = {"errors", "processes", "signals"}
+"""Files that every room may use: the one error a user's mistake raises, the processes of a torchrun, Ctrl-C and SIGTERM."""
 ARROWS = {
     "errors": set(),
     "processes": set(),
+    "signals": set(),
     "experiment": set(),
     "records": {"experiment"},
     "memory": set(),
