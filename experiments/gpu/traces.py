@@ -21,7 +21,7 @@ from pbbench.errors import one_line
 from pbbench.experiment.experiment import Experiment
 from pbbench.experiment.presets import load_experiment
 from pbbench.memory.allocator import snapshot
-from pbbench.memory.meters.cuda import describe_out_of_memory
+from pbbench.memory.meters.outcome import describe_out_of_memory
 from pbbench.records.files import write_json
 from pbbench.sweep.grid import Cell, plan, resolve
 from pbbench.sweep.planning.forecast import STEPS, forecast_step

@@ -97,7 +97,7 @@ def run_app(app: typer.Typer, words: list[str] | None = None) -> int:
         message: Callable[[], str] | None = getattr(error, "format_message", None)
         if message is not None:
             return _complain(" ".join(message().split()))
-        from pbbench.memory.meters.cuda import describe_out_of_memory
+        from pbbench.memory.meters.outcome import describe_out_of_memory
 
         memory = describe_out_of_memory(error)
         if memory is not None:

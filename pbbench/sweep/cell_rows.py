@@ -54,7 +54,7 @@ class NanLossError(Exception):
 
 def failure(error: BaseException, phase: str) -> tuple[str, dict[str, Any]]:
     """(status, what happened) of an exception."""
-    from pbbench.memory.meters.cuda import describe_out_of_memory
+    from pbbench.memory.meters.outcome import describe_out_of_memory
 
     told = {"phase": phase, "type": type(error).__name__, "message": one_line(error)[:600]}
     if isinstance(error, NanLossError):

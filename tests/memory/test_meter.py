@@ -8,8 +8,9 @@ import torch
 from fake_devices import CUDA, FakeCuda, FakeNvml
 from torch import nn
 
-from pbbench.memory.meters.cuda import CudaPeaks, describe_out_of_memory
-from pbbench.memory.meters.phases import Meter
+from pbbench.memory.meters.cuda import CudaPeaks
+from pbbench.memory.meters.outcome import describe_out_of_memory
+from pbbench.memory.meters.phases import COLUMNS, METERS, Meter
 
 MiB = 2**20
 GiB = 2**30
@@ -42,6 +43,11 @@ def test_a_phase_reads_every_column() -> None:
     assert reading.peak_rss_bytes > 0
     assert reading.seconds > 0
     assert set(reading.reasons) == {"energy_joules"}, "the phase is too short for the driver's counter"
+
+
+def test_every_figure_but_the_time_has_one_meter() -> None:
+    filled = [column for _, columns, _ in METERS for column in columns]
+    assert sorted([*filled, "seconds"]) == sorted(COLUMNS)
 
 
 def test_the_order_is_synchronise_reset_run_synchronise() -> None:

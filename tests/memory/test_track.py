@@ -15,8 +15,7 @@ from torch import nn
 
 from pbbench import memory
 from pbbench.errors import InputError
-from pbbench.memory.meters import ledger
-from pbbench.memory.meters import phases as meter
+from pbbench.memory.meters import driver, ledger
 from pbbench.memory.meters.cuda import CudaPeaks
 from pbbench.memory.meters.outcome import Failed, Ok, OutOfMemory
 from pbbench.memory.meters.track import Spread
@@ -260,7 +259,7 @@ def test_the_ledger_is_read_after_one_synchronisation_and_by_nothing_older() -> 
         with tracked.phase("step"):
             cuda.allocate(MiB)
             nvml.used = 6 * GiB
-            tracked.meter._nvml._sample()
+            tracked.meter.sampler.sample()
             nvml.used = 5 * GiB
             cuda.synchronize = lambda device=None: order.append("synchronise")
             cuda.memory_stats = lambda device=None: order.append("allocator") or stats(device)
@@ -362,7 +361,7 @@ def test_on_a_cpu_the_ledger_is_null_with_the_reason() -> None:
 
 @pytest.fixture
 def _short_phases_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meter, "_SHORTEST_FOR_ENERGY_S", 0.0)
+    monkeypatch.setattr(driver, "SHORTEST_FOR_ENERGY_S", 0.0)
 
 
 @pytest.mark.usefixtures("_short_phases_count")

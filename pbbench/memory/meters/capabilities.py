@@ -8,10 +8,9 @@ cannot be read is null, and the field of the same name with ``_reason`` says why
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,94 +18,82 @@ import torch
 
 from pbbench.errors import one_line
 from pbbench.memory.meters.host import HostPeak
-from pbbench.memory.meters.nvml import NvmlMeter, _physical_handle
+from pbbench.memory.meters.nvml import Nvml, physical_handle
 
 
 def host_capabilities(proc: Path = Path("/proc/self")) -> dict[str, Any]:
     """Whether a phase's own resident peak can be had."""
     meter = HostPeak(proc)
     meter.begin()
-    peak, reason = meter.end()
-    return {"rss_bytes": peak, "rss_reason": reason}
+    return _figure_or_reason("rss", meter.end()["peak_rss_bytes"])
 
 
 def driver_capabilities(nvml: Any = None) -> dict[str, Any]:
     """The driver and the GPUs it lists, whether torch can use them or not."""
-    nvml = _library(nvml)
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        return {"driver": None, "driver_reason": f"NVML: {one_line(error)}", "driver_cuda": None, "gpus": []}
-    try:
+    found: dict[str, Any] = {"driver": None, "driver_reason": None, "driver_cuda": None, "gpus": []}
+    with _opened(nvml) as (nvml, why):
+        if why is not None:
+            return found | {"driver_reason": why}
         version, _ = _ask(nvml, nvml.nvmlSystemGetCudaDriverVersion_v2)
         count, _ = _ask(nvml, nvml.nvmlDeviceGetCount)
         handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(count or 0)]
-        driver, reason = _ask(nvml, nvml.nvmlSystemGetDriverVersion)
-        return {
-            "driver": driver,
-            "driver_reason": reason,
-            "driver_cuda": f"{version // 1000}.{version % 1000 // 10}" if version else None,
-            "gpus": [_ask(nvml, partial(nvml.nvmlDeviceGetName, handle))[0] or "a GPU" for handle in handles],
-        }
-    finally:
-        nvml.nvmlShutdown()
+        found["driver"], found["driver_reason"] = _ask(nvml, nvml.nvmlSystemGetDriverVersion)
+        found["driver_cuda"] = f"{version // 1000}.{version % 1000 // 10}" if version else None
+        return found | {"gpus": [_ask(nvml, nvml.nvmlDeviceGetName, handle)[0] or "a GPU" for handle in handles]}
 
 
 def gpu_capabilities(
     device: torch.device, *, cuda: Any = torch.cuda, nvml: Any = None, pid: int | None = None
 ) -> dict[str, Any]:
     """What NVML tells of one GPU that torch uses: this process's memory, the device's, MIG, energy, other processes."""
-    found = _memory_readings(device, cuda, nvml, pid)
+    with closing(Nvml(device, nvml=nvml, cuda=cuda, pid=pid)) as gpu:
+        held = gpu.memory()
+    found = {**_figure_or_reason("process", held["process"]), **_figure_or_reason("device", held["device"]), "api": gpu.api}
     found |= {"mig": None, "energy_mj": None, "energy_reason": None, "others": None, "itself_listed": False}
-    nvml = _library(nvml)
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        return found | {"energy_reason": f"NVML: {one_line(error)}"}
-    try:
-        handle = _physical_handle(nvml, device, cuda)
-        mig, _ = _ask(nvml, lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
-        found["mig"] = None if mig is None else bool(mig)
-        found["energy_mj"], found["energy_reason"] = _ask(nvml, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-        listed, _ = _ask(nvml, lambda: nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle))
+    with _opened(nvml) as (nvml, why):
+        if why is not None:
+            return found | {"energy_reason": why}
+        try:
+            handle = physical_handle(nvml, device, cuda)
+        except (nvml.NVMLError, LookupError) as error:
+            return found | {"energy_reason": one_line(error)}
+        mig, _ = _ask(nvml, nvml.nvmlDeviceGetMigMode, handle)
+        found["mig"] = None if mig is None else bool(mig[0])
+        found["energy_mj"], found["energy_reason"] = _ask(nvml, nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+        listed, _ = _ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses_v3, handle)
         if listed is not None:
-            own = pid if pid is not None else os.getpid()
-            found["others"] = sum(process.pid != own for process in listed)
+            found["others"] = sum(process.pid != gpu.pid for process in listed)
             found["itself_listed"] = found["others"] < len(listed)
-    except (nvml.NVMLError, LookupError) as error:
-        found["energy_reason"] = one_line(error)
-    finally:
-        nvml.nvmlShutdown()
     return found
 
 
-def _memory_readings(device: torch.device, cuda: Any, nvml: Any, pid: int | None) -> dict[str, Any]:
-    meter = NvmlMeter(device, nvml=nvml, cuda=cuda, pid=pid)
-    try:
-        reading = meter.end(meter.begin())
-    finally:
-        meter.stop()
-    return {
-        "process_bytes": reading.process_bytes,
-        "process_reason": reading.process_reason,
-        "device_bytes": reading.device_bytes,
-        "device_reason": reading.device_reason,
-        "api": reading.api,
-    }
+def _figure_or_reason(name: str, figure: int | str) -> dict[str, Any]:
+    known = isinstance(figure, int)
+    return {f"{name}_bytes": figure if known else None, f"{name}_reason": None if known else figure}
 
 
-def _library(nvml: Any) -> Any:
+@contextmanager
+def _opened(nvml: Any) -> Iterator[tuple[Any, str | None]]:
+    """(the library, None), or (the library, why it does not open)."""
     if nvml is None:
         import pynvml
 
-        return pynvml
-    return nvml
+        nvml = pynvml
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        yield nvml, f"NVML: {one_line(error)}"
+        return
+    try:
+        yield nvml, None
+    finally:
+        nvml.nvmlShutdown()
 
 
-def _ask(nvml: Any, question: Callable[[], Any]) -> tuple[Any, str | None]:
+def _ask(nvml: Any, question: Callable[..., Any], *about: Any) -> tuple[Any, str | None]:
     """(answer, None), or (None, why there is none)."""
     try:
-        return question(), None
+        return question(*about), None
     except nvml.NVMLError as error:
         return None, f"NVML: {one_line(error)}"
 

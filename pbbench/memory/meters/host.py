@@ -25,28 +25,29 @@ class HostPeak:
         self._before = 0
 
     def begin(self) -> None:
-        before = self._mark()
-        for phase in HostPeak._open:
-            phase.peak = max(phase.peak, before)
-        self._before = before
+        self._before = self._fold_into_open()
         self._reset = self._reset_mark()
         HostPeak._open.append(self)
 
-    def end(self) -> tuple[int | None, str | None]:
-        """(bytes, None), or (None, why there is no reading)."""
+    def end(self) -> dict[str, int | str]:
+        """``peak_rss_bytes``, or why there is no reading."""
         HostPeak._open.remove(self)
+        mark = self._fold_into_open()
+        peak = max(self.peak, mark)
+        if peak == 0:
+            return {"peak_rss_bytes": f"no peak resident memory is offered on {sys.platform}"}
+        if self._reset or peak > self._before:
+            return {"peak_rss_bytes": peak}
+        return {
+            "peak_rss_bytes": f"the phase stayed below the process's earlier resident peak of {self._before} bytes, which "
+            "cannot be reset here (/proc/self/clear_refs)"
+        }
+
+    def _fold_into_open(self) -> int:
         mark = self._mark()
         for phase in HostPeak._open:
             phase.peak = max(phase.peak, mark)
-        peak = max(self.peak, mark)
-        if peak == 0:
-            return None, f"no peak resident memory is offered on {sys.platform}"
-        if self._reset or peak > self._before:
-            return peak, None
-        return None, (
-            f"the phase stayed below the process's earlier resident peak of {self._before} bytes, which cannot be reset here "
-            "(/proc/self/clear_refs)"
-        )
+        return mark
 
     def _mark(self) -> int:
         """The process's high-water mark in bytes; 0 where the system has none."""

@@ -1,219 +1,133 @@
-"""GPU memory of this process and of the whole device as the driver sees it, sampled by a thread through NVML.
+"""One GPU as NVIDIA's driver sees it: this process's memory, the whole device's, and the energy it has used.
 
-NVML keeps no peaks, so a thread reads it every few milliseconds while phases are open; the largest gap between two readings
-is reported, because a peak may hide in it. Where the driver, a container, MIG, WSL or missing rights hide a figure, it is
-None and a sentence says why. pynvml (the package nvidia-ml-py) is imported when the meter is made.
+Where the driver, a container, MIG, WSL or missing rights hide a figure, a sentence stands in its place. pynvml (the package
+nvidia-ml-py) is imported when a GPU is opened.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-INTERVAL_S = 0.01
+from pbbench.errors import one_line
 
 
-@dataclass
-class NvmlReading:
-    """Largest and last readings of a phase. None comes with a reason."""
+class Nvml:
+    """NVML, opened for one torch CUDA device. Every reading is a number, or text that says why there is none.
 
-    process_bytes: int | None = None
-    device_bytes: int | None = None
-    process_reason: str | None = None
-    device_reason: str | None = None
-    closing_process_bytes: int | None = None
-    closing_device_bytes: int | None = None
-    """The sample that ``end`` took, for comparison with what torch holds at that moment."""
-    samples: int = 0
-    longest_gap_s: float = 0.0
-    api: str | None = None
-    last: float = field(default=0.0, repr=False)
-
-    def add(self, process: int | None, device: int | None, now: float) -> None:
-        """Fold in one sample taken at ``now`` seconds."""
-        if process is not None:
-            self.process_bytes = max(self.process_bytes or 0, process)
-        if device is not None:
-            self.device_bytes = max(self.device_bytes or 0, device)
-        if self.samples:
-            self.longest_gap_s = max(self.longest_gap_s, now - self.last)
-        self.samples += 1
-        self.last = now
-
-
-class NvmlMeter:
-    """Samples one GPU between ``start`` and ``stop``; ``begin`` and ``end`` bracket phases, which may nest.
-
-    device: a torch CUDA device; nvml: the pynvml module or a stand-in; cuda: torch.cuda or a stand-in;
-    pid: the process to look for (its number as this process sees it); interval: seconds between samples.
+    nvml: the pynvml module or a stand-in; cuda: torch.cuda or a stand-in; pid: the process to look for (its number as this
+    process sees it).
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        nvml: Any = None,
-        cuda: Any = torch.cuda,
-        pid: int | None = None,
-        interval: float = INTERVAL_S,
-    ) -> None:
+    def __init__(self, device: torch.device, *, nvml: Any = None, cuda: Any = torch.cuda, pid: int | None = None) -> None:
         self.pid = pid if pid is not None else os.getpid()
-        self.interval = interval
-        self.process_reason: str | None = None
-        self.device_reason: str | None = None
         self.api: str | None = None
-        self._open: list[NvmlReading] = []
-        self._lock = threading.Lock()
-        self._halt = threading.Event()
-        self._thread: threading.Thread | None = None
+        """The function that listed the processes."""
+        self.hidden: str | None = None
+        """Why nothing can be read."""
         self._handle: Any = None
         self._initialised = False
-        self.nvml: Any = nvml
+        self._nvml = nvml
         if nvml is None:
             try:
                 import pynvml
             except ImportError:
-                self._fail("pynvml cannot be imported; install nvidia-ml-py")
+                self.hidden = "pynvml cannot be imported; install nvidia-ml-py"
                 return
-            self.nvml = nvml = pynvml
+            self._nvml = nvml = pynvml
         try:
             nvml.nvmlInit()
             self._initialised = True
-            self._handle = _physical_handle(nvml, device, cuda)
-            self._check_mig()
+            handle = physical_handle(nvml, device, cuda)
         except (nvml.NVMLError, LookupError) as error:
-            self._fail(self._why(error))
+            self.hidden = self._why(error)
+            return
+        if self._is_divided(handle):
+            self.hidden = (
+                "MIG is enabled and the slice cannot be told from the GPU: its readings would be of all slices together"
+            )
+        else:
+            self._handle = handle
 
-    def _fail(self, reason: str) -> None:
-        self.process_reason = self.device_reason = reason
+    @property
+    def readable(self) -> bool:
+        return self._handle is not None
+
+    def close(self) -> None:
+        """Let go of NVML; twice is once."""
         self._handle = None
-
-    def _why(self, error: Exception) -> str:
-        nvml = self.nvml
-        if isinstance(error, nvml.NVMLError):
-            if error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
-                return "no NVIDIA driver library (libnvidia-ml) on this machine"
-            if error.value == nvml.NVML_ERROR_DRIVER_NOT_LOADED:
-                return "the NVIDIA driver is not loaded"
-            if error.value == nvml.NVML_ERROR_NO_PERMISSION:
-                return "NVML refuses it: no permission for this user or container"
-            if error.value == nvml.NVML_ERROR_NOT_SUPPORTED:
-                return "NVML does not support it under WSL" if _under_wsl() else "NVML does not support it on this device"
-        return f"NVML: {' '.join(str(error).split())}"
-
-    def _check_mig(self) -> None:
-        nvml = self.nvml
-        try:
-            enabled = nvml.nvmlDeviceGetMigMode(self._handle)[0]
-            is_slice = bool(nvml.nvmlDeviceIsMigDeviceHandle(self._handle))
-        except nvml.NVMLError:
-            return  # a device that knows no MIG
-        if enabled and not is_slice:
-            self._fail("MIG is enabled and the slice cannot be told from the GPU: its readings would be of all slices together")
-
-    def start(self) -> None:
-        """Start the sampling thread, so that it runs before the first phase does. No thread where nothing can be read."""
-        if self._handle is not None and self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="pbbench-nvml", daemon=True)
-            self._thread.start()
-
-    def stop(self) -> None:
-        """Stop the thread and let go of NVML; twice is once."""
-        self._halt.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
         if self._initialised:
             self._initialised = False
-            self._handle = None
-            self.nvml.nvmlShutdown()
+            self._nvml.nvmlShutdown()
 
-    def begin(self) -> NvmlReading:
-        reading = NvmlReading()
-        with self._lock:
-            self._open.append(reading)
-        self._sample()
-        return reading
-
-    def end(self, reading: NvmlReading) -> NvmlReading:
-        """Take the closing sample, which the thread's own cannot replace, and complete the reading."""
-        reading.closing_process_bytes, reading.closing_device_bytes = self._sample()
-        with self._lock:
-            self._open = [other for other in self._open if other is not reading]
-        reading.api = self.api
-        if reading.closing_process_bytes is None:
-            reading.process_reason = self.process_reason
-        if reading.closing_device_bytes is None:
-            reading.device_reason = self.device_reason
-        return reading
-
-    def energy_millijoules(self) -> tuple[int | None, str | None]:
-        """(what the whole GPU has used since its driver was loaded, None), or (None, why that is not known)."""
+    def memory(self) -> dict[str, int | str]:
+        """Bytes of the process and of the whole device."""
         if self._handle is None:
-            return None, self.device_reason or "NVML's meter was stopped"
-        try:
-            return int(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)), None
-        except self.nvml.NVMLError as error:
-            return None, self._why(error)
+            return dict.fromkeys(("process", "device"), self.hidden or "no sample was taken")
+        return {"process": self._process_bytes(), "device": self._device_bytes()}
 
-    def _run(self) -> None:
-        while not self._halt.wait(self.interval):
-            if self._open:
-                self._sample()
-
-    def _sample(self) -> tuple[int | None, int | None]:
+    def energy_millijoules(self) -> int | str:
+        """What the whole GPU has used since its driver was loaded."""
         if self._handle is None:
-            return None, None
-        process, device = self._read_process(), self._read_device()
-        with self._lock:
-            now = time.perf_counter()
-            for reading in self._open:
-                reading.add(process, device, now)
-        return process, device
-
-    def _read_device(self) -> int | None:
+            return self.hidden or "NVML's meter was stopped"
         try:
-            return int(self.nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
-        except self.nvml.NVMLError as error:
-            self.device_reason = self._why(error)
-            return None
+            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        except self._nvml.NVMLError as error:
+            return self._why(error)
 
-    def _read_process(self) -> int | None:
-        nvml, error = self.nvml, None
+    def _device_bytes(self) -> int | str:
+        try:
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        except self._nvml.NVMLError as error:
+            return self._why(error)
+
+    def _process_bytes(self) -> int | str:
+        why = "this pynvml lists no processes"
         for name in ("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetComputeRunningProcesses_v2"):
             try:
-                processes = getattr(nvml, name)(self._handle)
+                processes = getattr(self._nvml, name)(self._handle)
             except AttributeError:
                 continue
-            except nvml.NVMLError as failure:
-                error = failure
-                if failure.value == nvml.NVML_ERROR_FUNCTION_NOT_FOUND:  # an older driver
+            except self._nvml.NVMLError as error:
+                why = self._why(error)
+                if error.value == self._nvml.NVML_ERROR_FUNCTION_NOT_FOUND:  # an older driver
                     continue
                 break
             self.api = name
             return self._own_share(processes)
-        self.process_reason = self._why(error) if error is not None else "this pynvml lists no processes"
-        return None
+        return why
 
-    def _own_share(self, processes: list[Any]) -> int | None:
+    def _own_share(self, processes: list[Any]) -> int | str:
         own = [process.usedGpuMemory for process in processes if process.pid == self.pid]
         if not own:
             listed = f"it lists {len(processes)} others; " if processes else ""
-            self.process_reason = f"NVML does not list process {self.pid} ({listed}a container's processes have other numbers)"
-            return None
+            return f"NVML does not list process {self.pid} ({listed}a container's processes have other numbers)"
         if not all(own):  # None (WDDM, virtual GPUs) or 0, which no process with a CUDA context holds
-            self.process_reason = "NVML lists the process without its memory (a container, WSL, WDDM or a virtual GPU)"
-            return None
+            return "NVML lists the process without its memory (a container, WSL, WDDM or a virtual GPU)"
         return int(sum(own))
 
+    def _is_divided(self, handle: Any) -> bool:
+        """Whether the handle is that of a GPU in slices, and not of one of them."""
+        try:
+            return bool(self._nvml.nvmlDeviceGetMigMode(handle)[0]) and not self._nvml.nvmlDeviceIsMigDeviceHandle(handle)
+        except self._nvml.NVMLError:
+            return False  # a device that knows no MIG
 
-def _physical_handle(nvml: Any, device: torch.device, cuda: Any) -> Any:
+    def _why(self, error: Exception) -> str:
+        nvml, unsupported = self._nvml, "under WSL" if _under_wsl() else "on this device"
+        told = {
+            nvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver library (libnvidia-ml) on this machine",
+            nvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is not loaded",
+            nvml.NVML_ERROR_NO_PERMISSION: "NVML refuses it: no permission for this user or container",
+            nvml.NVML_ERROR_NOT_SUPPORTED: f"NVML does not support it {unsupported}",
+        }
+        return told.get(getattr(error, "value", None), f"NVML: {one_line(error)}")
+
+
+def physical_handle(nvml: Any, device: torch.device, cuda: Any) -> Any:
     """NVML's handle of a torch device. NVML counts all GPUs by PCI bus; torch counts the visible ones, fastest first."""
     index = device.index if device.index is not None else cuda.current_device()
     properties = cuda.get_device_properties(index)

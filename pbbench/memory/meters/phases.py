@@ -1,11 +1,5 @@
 """One measured phase: every meter the device has, read around a block of code.
 
-    with Meter(torch.device("cuda")) as meter:
-        step()                                   # warm up
-        with meter.phase("train_step") as reading:
-            step()
-    print(reading.peak_allocated_bytes, reading.reasons)
-
 The order is: synchronise, reset, run, synchronise, read; the reading is completed in ``finally``, so a phase that fails
 still reports. Phases nest: an inner reset folds into the outer peak. What cannot be read is None, with a reason.
 """
@@ -15,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,14 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from pbbench.errors import one_line
 from pbbench.memory.meters.cuda import CudaPeaks
+from pbbench.memory.meters.driver import DriverEnergy, DriverPeaks, Sampler
 from pbbench.memory.meters.host import HostPeak
-from pbbench.memory.meters.nvml import NvmlMeter
+from pbbench.memory.meters.nvml import Nvml
 from pbbench.memory.meters.outcome import Ok, Outcome, outcome_of
 from pbbench.memory.tracer.modules import in_backward
-
-_CUDA_ONLY = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes", "peak_device_bytes")
-_SHORTEST_FOR_ENERGY_S = 0.1
-"""The driver renews its energy counter about so often: what it says of a shorter phase is mostly chance."""
 
 
 @dataclass
@@ -66,6 +57,47 @@ class Reading:
     closing_reasons: dict[str, str] = field(default_factory=dict)
     """Why a figure of ``closing`` is None, where the peak is known all the same."""
 
+    def take(self, found: dict[str, Any]) -> None:
+        """Enter what a meter found: figures of the fields and of ``closing``, text where there is none, and the rest."""
+        closing = found.pop("closing", {})
+        for name, figure in found.items():
+            if name not in COLUMNS:
+                self.ledger[name] = figure
+            elif isinstance(figure, str):
+                self.reasons[name] = figure
+            else:
+                setattr(self, name, figure)
+        if closing:
+            self.closing_reasons |= {name: why for name, why in closing.items() if isinstance(why, str)}
+            known = {name: None if name in self.closing_reasons else figure for name, figure in closing.items()}
+            self.ledger.setdefault("closing", {}).update(known)
+            self._check_process()
+
+    def _check_process(self) -> None:
+        """In a container NVML's numbers are the host's, so the process it lists under ours may be another: then it holds less
+        than torch does."""
+        closing = self.ledger["closing"]
+        process, reserved = closing.get("process"), closing.get("reserved")
+        if process is not None and reserved is not None and process < reserved:
+            self.peak_process_bytes = closing["process"] = None
+            self.reasons["peak_process_bytes"] = self.closing_reasons["process"] = (
+                f"the process NVML lists under this number holds {process} bytes, less than torch reserved ({reserved}): "
+                "another process of the host, seen from a container"
+            )
+
+
+BYTES = tuple(each.name for each in fields(Reading) if each.name.endswith("_bytes"))
+COLUMNS = (*BYTES, "seconds", "energy_joules")
+"""The figures of a reading."""
+
+
+class PhaseMeter(Protocol):
+    """Reads one thing of one phase. ``end`` gives what ``Reading.take`` enters, also after a failure in the phase."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> dict[str, Any]: ...
+
 
 class Meter:
     """The meters of one device. Use it as a context manager (or call ``close``), so that NVML's thread ends.
@@ -77,11 +109,10 @@ class Meter:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:  # "cuda" and "cuda:0" share their peaks
             self.device = torch.device("cuda", cuda.current_device())
-        self._cuda = cuda
-        self._nvml: NvmlMeter | None = None
+        self.cuda = cuda
         if self.device.type == "cuda":
-            self._nvml = NvmlMeter(self.device, cuda=cuda, nvml=nvml)
-            self._nvml.start()
+            self.sampler = Sampler(Nvml(self.device, cuda=cuda, nvml=nvml))
+            self.sampler.start()
 
     def __enter__(self) -> Meter:
         return self
@@ -91,29 +122,30 @@ class Meter:
 
     def close(self) -> None:
         """End NVML's thread. Phases measured afterwards have no NVML reading."""
-        if self._nvml is not None:
-            self._nvml.stop()
+        if self.device.type == "cuda":
+            self.sampler.stop()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Reading]:
         """Measure the block. The reading is complete when the block has ended, also by an exception, which passes through."""
         reading = Reading(name)
         with ExitStack() as meters:
-            meters.callback(self._begin_host(reading))
-            if self._nvml is not None:
-                meters.callback(_check_process, reading)
-                meters.callback(self._begin_driver(self._nvml, reading))
-                meters.callback(self._begin_allocator(reading))
-                meters.callback(self._begin_energy(self._nvml, reading))
-            else:
-                why = f"read on CUDA devices only; this phase ran on {self.device.type}"
-                reading.reasons.update(dict.fromkeys((*_CUDA_ONLY, "energy_joules"), why))
+            missing: set[str] = set()
+            for device_type, columns, make in METERS:
+                if device_type not in (None, self.device.type):
+                    missing.update(columns)
+                    continue
+                meter = make(self)
+                meter.begin()
+                meters.callback(_end, meter, reading)
+            why = f"read on CUDA devices only; this phase ran on {self.device.type}"
+            reading.reasons.update((column, why) for column in COLUMNS if column in missing)
             start = time.perf_counter()
             try:
                 yield reading
                 reading.outcome = Ok()
             except BaseException as error:
-                reading.outcome = outcome_of(error, self._cuda)
+                reading.outcome = outcome_of(error, self.cuda)
                 raise
             finally:
                 self._synchronise(reading)
@@ -166,89 +198,23 @@ class Meter:
         if self.device.type != "cuda":
             return
         try:
-            self._cuda.synchronize(self.device)
+            self.cuda.synchronize(self.device)
         except RuntimeError as error:  # after a CUDA error every later call fails; the block's own exception says why
             reading.ledger["synchronise"] = one_line(error)
 
-    def _begin_allocator(self, reading: Reading) -> Callable[[], None]:
-        peaks = CudaPeaks(self.device, self._cuda)
-        peaks.begin()
 
-        def read() -> None:
-            why = "this allocator backend does not report it"
-            found: dict[str, Any] = {}
-            try:
-                found = peaks.end()
-            except RuntimeError as error:
-                why = f"torch.cuda.memory_stats failed: {one_line(error)}"
-            for column in ("peak_allocated_bytes", "peak_reserved_bytes"):
-                value = found.pop(column, None)
-                setattr(reading, column, value)
-                if value is None:
-                    reading.reasons[column] = why
-            reading.ledger.update(found)
-
-        return read
-
-    def _begin_driver(self, nvml: NvmlMeter, reading: Reading) -> Callable[[], None]:
-        begun = nvml.begin()
-
-        def read() -> None:
-            found = nvml.end(begun)
-            reading.peak_process_bytes, reading.peak_device_bytes = found.process_bytes, found.device_bytes
-            if found.process_bytes is None:
-                reading.reasons["peak_process_bytes"] = found.process_reason or "no sample was taken"
-            if found.device_bytes is None:
-                reading.reasons["peak_device_bytes"] = found.device_reason or "no sample was taken"
-            if found.samples:
-                gap = round(found.longest_gap_s, 4)
-                reading.ledger["nvml"] = {"api": found.api, "samples": found.samples, "longest_gap_s": gap}
-                closing = reading.ledger.setdefault("closing", {})
-                closing.update(process=found.closing_process_bytes, device=found.closing_device_bytes)
-                told = {"process": found.process_reason, "device": found.device_reason}
-                reading.closing_reasons.update({name: why for name, why in told.items() if why is not None})
-
-        return read
-
-    def _begin_energy(self, nvml: NvmlMeter, reading: Reading) -> Callable[[], None]:
-        before, why_before = nvml.energy_millijoules()
-
-        def read() -> None:
-            after, why = nvml.energy_millijoules()
-            if before is None or after is None:
-                reading.reasons["energy_joules"] = why_before or why or "no sample was taken"
-            elif (reading.seconds or 0.0) < _SHORTEST_FOR_ENERGY_S or after <= before:
-                reading.reasons["energy_joules"] = (
-                    f"the phase took {reading.seconds:.3g} s; the driver renews its energy counter some ten times a second"
-                )
-            else:
-                reading.energy_joules = (after - before) / 1000
-
-        return read
-
-    def _begin_host(self, reading: Reading) -> Callable[[], None]:
-        peak = HostPeak()
-        peak.begin()
-
-        def read() -> None:
-            reading.peak_rss_bytes, why = peak.end()
-            if why is not None:
-                reading.reasons["peak_rss_bytes"] = why
-
-        return read
+METERS: tuple[tuple[str | None, tuple[str, ...], Callable[[Meter], PhaseMeter]], ...] = (
+    (None, ("peak_rss_bytes",), lambda of: HostPeak()),
+    ("cuda", ("peak_process_bytes", "peak_device_bytes"), lambda of: DriverPeaks(of.sampler)),
+    ("cuda", ("peak_allocated_bytes", "peak_reserved_bytes"), lambda of: CudaPeaks(of.device, of.cuda)),
+    ("cuda", ("energy_joules",), lambda of: DriverEnergy(of.sampler.gpu)),
+)
+"""Every meter: the type of device it reads (None: any), the fields of ``Reading`` it fills, and how a phase gets one. They
+begin in this order and end in the opposite one."""
 
 
-def _check_process(reading: Reading) -> None:
-    """In a container NVML's numbers are the host's, so the process it lists under ours may be another: then it holds less
-    than torch does."""
-    closing = reading.ledger.get("closing", {})
-    process, reserved = closing.get("process"), closing.get("reserved")
-    if process is not None and reserved is not None and process < reserved:
-        reading.peak_process_bytes = closing["process"] = None
-        reading.reasons["peak_process_bytes"] = reading.closing_reasons["process"] = (
-            f"the process NVML lists under this number holds {process} bytes, less than torch reserved ({reserved}): another "
-            "process of the host, seen from a container"
-        )
+def _end(meter: PhaseMeter, reading: Reading) -> None:
+    reading.take(meter.end())
 
 
 def _over_turns(earlier: Reading, later: Reading) -> Reading:
@@ -256,7 +222,7 @@ def _over_turns(earlier: Reading, later: Reading) -> Reading:
     larger = max((earlier, later), key=lambda reading: reading.peak_allocated_bytes or 0)
     both = Reading(earlier.name, reasons={**earlier.reasons, **later.reasons}, ledger=dict(larger.ledger))
     both.closing_reasons = larger.closing_reasons
-    for column in ("peak_rss_bytes", *_CUDA_ONLY):
+    for column in BYTES:
         first, second = getattr(earlier, column), getattr(later, column)
         if first is not None and second is not None:
             setattr(both, column, max(first, second))

@@ -24,9 +24,8 @@ import torch
 from pbbench.errors import InputError
 from pbbench.memory.meters.ledger import Ledger, ledger_of
 from pbbench.memory.meters.outcome import Ok, Outcome
-from pbbench.memory.meters.phases import Meter, Reading
+from pbbench.memory.meters.phases import BYTES, COLUMNS, Meter, Reading
 
-BYTES = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes", "peak_device_bytes", "peak_rss_bytes")
 _HAVE_RUN: set[tuple[str, str]] = set()
 """(device, name) of every phase that has ended well in this process."""
 
@@ -118,7 +117,7 @@ class Tracked:
         warm = [r for r in good if r.temperature == "warm"]
         spreads: dict[str, Spread | None] = {}
         reasons: dict[str, str] = {}
-        for column in (*BYTES, "seconds", "energy_joules"):
+        for column in COLUMNS:
             values = [getattr(r, column) for r in warm]
             spreads[column] = None if None in values or not values else spread(values)
             if spreads[column] is None:
