@@ -61,7 +61,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings: dict[str, Any] = {
         "model": {"dim": 8, "dim_mults": [1, 2], "image_size": SIZE[0], "patch_divider": 2},
-        "sampling": {"sampler": "ddim", "num_inference_steps": 2, "batch_size": 3},  # no divider of the extractor's batches
+        "sampling": {"sampler": "ddpm", "num_inference_steps": 2, "batch_size": 3},  # no divider of the extractor's batches
     }
     experiment = parse_experiment(settings, "the test")
     with torch.random.fork_rng():

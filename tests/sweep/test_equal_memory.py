@@ -51,7 +51,7 @@ num_steps = 2
 ema_start_step = 1
 sample_every = 0
 [sampling]
-sampler = "ddim"
+sampler = "ddpm"
 num_inference_steps = 1
 [data]
 num_images = 40

@@ -88,7 +88,7 @@ def test_offline_the_stand_in_has_its_own_name_and_fid_is_null_with_the_reason(f
     assert row.random_features_frechet_distance > 0
     assert row.random_features_patch_frechet_distance > 0
     assert row.patch_frechet_inception_distance is None
-    assert (row.num_images, row.images_seen, row.sampler, row.num_inference_steps) == (16, 8, "ddim", 2)
+    assert (row.num_images, row.images_seen, row.sampler, row.num_inference_steps) == (16, 8, "ddpm", 2)
     assert row.seam_score is None
     assert row.held_out_loss > 0
 
