@@ -69,7 +69,7 @@ def measure(
 ) -> Report:
     """Run ``step`` again and again and say what it takes. It must be a step that can be repeated.
 
-    modules, optimizer, inputs, ema: what exists before the step, for the attribution (see ``tensors.trace``). Running out of
+    modules, optimizer, inputs, ema: what exists before the step, for the attribution (see ``trace``). Running out of
     memory is an outcome of the report; any other exception of the step passes through. cuda, nvml: stand-ins, for tests.
     """
     if repeats < 1 or warmup < 1:

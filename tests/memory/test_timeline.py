@@ -103,6 +103,18 @@ def test_it_is_json_and_compact(live: LiveTrace) -> None:
     assert isinstance(data["live_bytes"]["parameter"], int), "what never changes is said once"
 
 
+def test_an_empty_tensor_of_the_start_may_go_in_the_step() -> None:
+    """Its coming and its going are both of zero bytes; only the first was before the step."""
+    empty = [torch.empty(0)]
+
+    def step() -> None:
+        empty.clear()
+        torch.ones(1000)
+
+    data = timeline(trace(step, inputs=empty, record_events=True))
+    assert (data["num_events"], data["peak_index"], data["peak_bytes"]) == (3, 2, 4096)
+
+
 def test_a_trace_without_events_is_refused() -> None:
     with pytest.raises(ValueError, match="record_events"):
         timeline(trace(lambda: torch.ones(1)))

@@ -13,19 +13,10 @@ import torch
 
 from pbbench.errors import one_line
 
-PEAKS = {
-    "peak_allocated_bytes": "allocated_bytes.all.peak",
-    "peak_reserved_bytes": "reserved_bytes.all.peak",
-    "peak_requested_bytes": "requested_bytes.all.peak",
-    "peak_active_bytes": "active_bytes.all.peak",
-}
+PEAKS = {f"peak_{name}_bytes": f"{name}_bytes.all.peak" for name in ("allocated", "reserved", "requested", "active")}
 """Reading → key of torch.cuda.memory_stats. Allocated is requested rounded up to whole blocks; active adds freed blocks
 that another stream may still use; reserved adds the cache."""
-CLOSING = {
-    "requested": "requested_bytes.all.current",
-    "allocated": "allocated_bytes.all.current",
-    "reserved": "reserved_bytes.all.current",
-}
+CLOSING = {name: f"{name}_bytes.all.current" for name in ("requested", "allocated", "reserved")}
 RETRIES = "num_alloc_retries"
 
 

@@ -3,7 +3,7 @@
 The mark belongs to the process, so a reset inside another phase first folds the mark into that phase. Where it cannot be
 reset, a phase that raised it still knows its own peak; one that stayed below an earlier peak does not, and says so.
 On a CPU this is a coarse meter: glibc keeps freed memory unless it runs with ``MALLOC_MMAP_THRESHOLD_=65536``, and then the
-peak lies some 3% above the live tensors. Use the tracer (``tensors.py``) for anything small.
+peak lies some 3% above the live tensors. Use the tracer (``tracer/live.py``) for anything small.
 """
 
 from __future__ import annotations

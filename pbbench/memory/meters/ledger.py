@@ -20,12 +20,6 @@ _GAPS = {  # difference → (the smaller, the larger, its name for people)
     "context": ("reserved", "process", "context and libraries"),
     "others": ("process", "device", "other processes"),
 }
-_COLUMNS = {  # level → the reading's column, whose reason is the level's
-    "allocated": "peak_allocated_bytes",
-    "reserved": "peak_reserved_bytes",
-    "process": "peak_process_bytes",
-    "device": "peak_device_bytes",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ def ledger_of(reading: Reading) -> Ledger:
     reasons: dict[str, str] = {}
     for name in _LEVELS:
         if held[name] is None:
-            column = _COLUMNS.get(name, "peak_allocated_bytes")
+            column = f"peak_{'allocated' if name == 'requested' else name}_bytes"
             told = reading.closing_reasons.get(name) or reading.reasons.get(column)
             reasons[name] = told or "this allocator does not report it"
     gaps: dict[str, int | None] = {}

@@ -8,7 +8,7 @@
     tracked.attempt("larger", lambda: model(large)).status         # out_of_memory, and nothing is raised
 
 The first run of a name in the process that ends well is cold (it creates contexts, loads kernels, tunes); later ones are
-warm. What a phase read stands in its ``meter.Reading``; what could not be read is None, with a reason.
+warm. What a phase read stands in its ``phases.Reading``; what could not be read is None, with a reason.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
 """Counts the bytes of live tensor storage while any PyTorch code runs, and says what filled the peak.
 
-    live = trace(step, modules=model, optimizer=optimizer, inputs=batch)
-    print(live.peak_bytes, live.by_category, live.by_module[:5])
-
 A ``TorchDispatchMode`` sees every operator's results; the book (``storages.py``) learns when they die. Nothing is read from
 an allocator, so the count is the same on every device, on ``meta``, and under ``FakeTensorMode``, where it is a prediction.
 What an operator allocates and frees inside itself (workspaces) is not seen, and neither is an allocator's cache.
@@ -10,7 +7,7 @@ What an operator allocates and frees inside itself (workspaces) is not seen, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +16,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pbbench.memory.tracer.modules import RunningModule, in_backward
-from pbbench.memory.tracer.storages import Book, Event, plain_parts, rounded
+from pbbench.memory.tracer.storages import Book, Event
+from pbbench.memory.tracer.tensors import first_device, plain_parts, state_tensors, tensors_in
 
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 _DEVICE = torch.ops.prim.device.default
@@ -63,6 +60,13 @@ class LiveTrace:
     events: list[Event] | None = None
     """Allocations and frees in order, what was there before first, where ``record_events`` was asked for."""
 
+    def before_and_during(self) -> tuple[list[Event], list[Event]]:
+        """What was there before the step, and the step's own events."""
+        if self.events is None:
+            raise ValueError("this trace has no events; trace the step with record_events=True")
+        before = [event for event in self.events if not event.phase]  # they come first
+        return before, self.events[len(before) :]
+
 
 class LiveTensorTracer(TorchDispatchMode):
     """Counts live storage between ``__enter__`` and ``__exit__``. Use it once; ``result()`` is valid also after a failure.
@@ -92,7 +96,7 @@ class LiveTensorTracer(TorchDispatchMode):
         self._roots = {"": modules} if isinstance(modules, nn.Module) else dict(modules or {})
         self._running = RunningModule(self._roots)
         self._optimizer, self._inputs, self._ema = optimizer, inputs, ema
-        self._device = torch.device(device) if device is not None else _first_device(self._roots.values(), inputs)
+        self._device = torch.device(device) if device is not None else first_device(self._roots.values(), inputs)
         self._book = Book(record_events=record_events)
         self._hooks: ExitStack | None = None
         self._result: LiveTrace | None = None
@@ -105,9 +109,9 @@ class LiveTensorTracer(TorchDispatchMode):
         self._register((buffer for root in self._roots.values() for buffer in root.buffers()), "parameter")
         self._register((p.grad for p in parameters if p.grad is not None), "gradient")
         if self._optimizer is not None:
-            self._register(_state_tensors(self._optimizer), "optimizer")
-        self._register(_tensors_in(self._ema), "ema")
-        self._register(_tensors_in(self._inputs), "input")
+            self._register(state_tensors(self._optimizer), "optimizer")
+        self._register(tensors_in(self._ema), "ema")
+        self._register(tensors_in(self._inputs), "input")
         self._book.enter_phase("forward")
         with ExitStack() as hooks:
             hooks.enter_context(self._running.watch(self._root_begins))
@@ -116,7 +120,7 @@ class LiveTensorTracer(TorchDispatchMode):
             for parameter in parameters:
                 if parameter.requires_grad and parameter.is_leaf:
                     hooks.callback(parameter.register_post_accumulate_grad_hook(self._gradient_made).remove)
-            hooks.callback(_watch_resizing(self._book))
+            hooks.enter_context(self._book.resizing_watched())
             super().__enter__()
             self._hooks = hooks.pop_all()
         return self
@@ -242,7 +246,7 @@ class LiveTensorTracer(TorchDispatchMode):
         self._book.enter_phase("optimizer")
 
     def _optimizer_ends(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._relabel(_state_tensors(optimizer), "optimizer")
+        self._relabel(state_tensors(optimizer), "optimizer")
 
     def _relabel(self, tensors: Iterable[torch.Tensor], category: str) -> None:
         for tensor in tensors:
@@ -272,41 +276,3 @@ def trace(
     with tracer:
         step()
     return tracer.result()
-
-
-def _first_device(roots: Iterable[nn.Module], inputs: Any) -> torch.device | None:
-    for tensor in (*(t for root in roots for t in (*root.parameters(), *root.buffers())), *_tensors_in(inputs)):
-        return tensor.device
-    return None
-
-
-def _tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
-        elif isinstance(leaf, nn.Module):
-            yield from leaf.parameters()
-            yield from leaf.buffers()
-
-
-def _state_tensors(optimizer: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
-
-
-def _watch_resizing(book: Book) -> Callable[[], None]:
-    """``UntypedStorage.resize_`` is no operator, so it is stood in for while the tracer runs; returns what undoes that."""
-    original = torch.UntypedStorage.resize_
-
-    def resize_(storage: Any, size: int) -> Any:
-        result = original(storage, size)
-        allocation = book.allocation_of(storage)
-        if allocation is not None and allocation.nbytes != rounded(size):
-            book.resized(storage, size, "UntypedStorage.resize_")
-        return result
-
-    torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment, method-assign]
-
-    def restore() -> None:
-        torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
-
-    return restore

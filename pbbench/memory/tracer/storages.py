@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 CATEGORIES = ("parameter", "gradient", "optimizer", "ema", "input", "activation", "other")
 ROUND = 512
@@ -107,6 +108,24 @@ class Book:
         self.allocated(storage, nbytes, old.category, old.module, operator)
         self._release(old)
 
+    @contextmanager
+    def resizing_watched(self) -> Iterator[None]:
+        """``UntypedStorage.resize_`` is no operator, so it is stood in for meanwhile."""
+        original = torch.UntypedStorage.resize_
+
+        def resize_(storage: Any, size: int) -> Any:
+            result = original(storage, size)
+            allocation = self.allocation_of(storage)
+            if allocation is not None and allocation.nbytes != rounded(size):
+                self.resized(storage, size, "UntypedStorage.resize_")
+            return result
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
     def enter_phase(self, name: str) -> None:
         self.phase = name
         peak = self.phases.setdefault(name, Peak())
@@ -165,19 +184,3 @@ class Book:
 
 def rounded(nbytes: int) -> int:
     return (nbytes + ROUND - 1) // ROUND * ROUND
-
-
-def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors with one storage each that a tensor consists of: itself, or a wrapper's or sparse tensor's parts."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in plain_parts(getattr(tensor, name))]
-    if tensor.layout is torch.strided:
-        return [tensor]
-    if tensor.layout is torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return []  # opaque (MKL-DNN): there is no storage to count

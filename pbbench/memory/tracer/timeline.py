@@ -1,9 +1,5 @@
 """Live bytes over one step as data for a figure: a curve per category, short enough to store, with the true peak in it.
 
-    live = trace(step, modules=model, record_events=True)
-    data = timeline(live)
-    data["peak_bytes"], data["top_modules"][:3], sum of data["live_bytes"] at the peak's point == data["peak_bytes"]
-
 The horizontal axis counts allocations and frees, not time. A storage has its final category throughout its life: what becomes
 a parameter's gradient is one from its first byte.
 """
@@ -29,13 +25,9 @@ def timeline(live: LiveTrace, *, points: int = POINTS) -> dict[str, Any]:
     at the peak; phases: [name, first event] of each stretch of forward, backward and optimizer.
     Raises ValueError where the trace has no events.
     """
-    if live.events is None:
-        raise ValueError("this trace has no events; trace the step with record_events=True")
-    before = [event for event in live.events if event.delta >= 0 and event.allocation.born == 0]  # they come first
-    during = live.events[len(before) :]
+    before, during = live.before_and_during()
     level = dict.fromkeys(CATEGORIES, 0)
-    for event in before:
-        level[event.allocation.category] += event.delta
+    _move(level, before)
     totals = list(accumulate((event.delta for event in during), initial=live.start_bytes))
     index = _places(totals, points)
     curves = _curves(during, level, index)
@@ -72,12 +64,16 @@ def _curves(during: list[Event], level: dict[str, int], index: list[int]) -> dic
     curves: dict[str, list[int]] = {name: [] for name in level}
     place = 0
     for target in index:
-        for event in during[place:target]:
-            level[event.allocation.category] += event.delta
+        _move(level, during[place:target])
         place = target
         for name, curve in curves.items():
             curve.append(level[name])
     return curves
+
+
+def _move(level: dict[str, int], events: list[Event]) -> None:
+    for event in events:
+        level[event.allocation.category] += event.delta
 
 
 def _phases(during: list[Event]) -> list[list[Any]]:
