@@ -200,8 +200,8 @@ def compare(
     """Compare two sweeps cell by cell: memory, speed, quality."""
     from rich.console import Console
 
-    from pbbench.report.compare.cells import compare as compare_runs
-    from pbbench.report.compare.printed import to_json, to_page, to_terminal
+    from pbbench.report.compare.output import to_json, to_page, to_terminal
+    from pbbench.report.compare.runs import compare as compare_runs
 
     if markdown and json_:
         raise InputError("--markdown and --json exclude each other")

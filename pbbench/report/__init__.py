@@ -36,8 +36,8 @@ def terminal_table(run: Path | str | Iterable[CellResult], width: int | None = N
     and named under the table.
     """
     from pbbench.records.cells import read_cells
-    from pbbench.report.tables.columns import tradeoff_sheet
-    from pbbench.report.tables.sheet import to_rich
+    from pbbench.report.pages.terminal import terminal_table as printed
+    from pbbench.report.tables.tradeoff import tradeoff_table
 
     cells = read_cells(Path(run)) if isinstance(run, str | Path) else list(run)
-    return to_rich(tradeoff_sheet(cells), width)
+    return printed(tradeoff_table(cells), width)

@@ -13,9 +13,10 @@ from pbbench.cli.options import run_app
 from pbbench.errors import InputError
 from pbbench.records.cells import read_cells, write_cell
 from pbbench.records.files import write_json
-from pbbench.report.compare.cells import compare
-from pbbench.report.compare.gate import judge_speed, parse_increase, too_much
-from pbbench.report.compare.printed import to_json, to_page
+from pbbench.report.compare.gate import parse_increase, too_much
+from pbbench.report.compare.output import to_json, to_page
+from pbbench.report.compare.runs import compare
+from pbbench.report.compare.speed import judge_speed
 
 D4 = "d4-p32-b32-no"
 

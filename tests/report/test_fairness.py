@@ -13,14 +13,14 @@ from matplotlib.text import Annotation
 from PIL import Image
 
 from pbbench.records.cells import CellResult, read_cells, write_cell
-from pbbench.report.compare.cells import compare
-from pbbench.report.figures import charts as plots
+from pbbench.report.answer import patching_pays
+from pbbench.report.compare.runs import compare
 from pbbench.report.figures import gallery, style
-from pbbench.report.pages.statements import headline, patching_pays, quality_statements
-from pbbench.report.tables import numbers as tables
-from pbbench.report.tables.columns import tradeoff_sheet
-from pbbench.report.tables.details import bands_sheet, quality_sheet
+from pbbench.report.figures import scatter as plots
+from pbbench.report.pages.prose import headline, quality_statements
 from pbbench.report.tables.held_equal import held_equal, trained_from
+from pbbench.report.tables.quality import bands_table, quality_table
+from pbbench.report.tables.tradeoff import tradeoff, tradeoff_table
 
 SEEDS = (0, 1, 2)
 FRECHET = "random_features_frechet_distance"
@@ -42,49 +42,49 @@ def cells() -> list[CellResult]:
 
 
 def test_each_variant_has_lines_of_its_own_with_its_own_quality(cells: list[CellResult]) -> None:
-    frame = tables.tradeoff(cells)
+    frame = tradeoff(cells)
     lines = list(zip(frame["variant"], frame["patch_divider"], frame["batch_size"], strict=True))
     assert lines == [("", 1, 32), ("", 2, 32), ("no position", 2, 32), ("small batch", 1, 8)]
     assert list(frame[FRECHET]) == pytest.approx([41.2 * 1.01, 44.9 * 1.01, 44.9 * 1.111, 41.2 * 1.111])
-    sheet = tradeoff_sheet(cells)
+    sheet = tradeoff_table(cells)
     assert [c.title for c in sheet.columns][:3] == ["variant", "d", "patches a pass"]
     assert sheet.columns[0].cells == ["", "", "no position", "small batch"]
 
 
 def test_without_variants_there_is_no_such_column() -> None:
     made = [measure_cell(1, 32), quality_cell(1)]
-    for sheet in (tradeoff_sheet(made), quality_sheet(made), bands_sheet(made)):
+    for sheet in (tradeoff_table(made), quality_table(made), bands_table(made)):
         assert sheet is not None
         assert "variant" not in [c.title for c in sheet.columns]
 
 
 def test_several_seeds_give_median_least_and_most(cells: list[CellResult]) -> None:
-    line = tables.tradeoff(cells).iloc[0]
+    line = tradeoff(cells).iloc[0]
     assert (line[f"{FRECHET}_min"], line[f"{FRECHET}_max"]) == pytest.approx((41.2, 41.2 * 1.02))
-    assert f"{FRECHET}_low" not in tables.tradeoff(cells)  # an interval over samples would pass for the spread of trainings
-    column = next(c for c in tradeoff_sheet(cells).columns if c.title.startswith("Fréchet"))
+    assert f"{FRECHET}_low" not in tradeoff(cells)  # an interval over samples would pass for the spread of trainings
+    column = next(c for c in tradeoff_table(cells).columns if c.title.startswith("Fréchet"))
     assert column.cells[0] == "41.6 (41.2–42.0)"
-    sheet = quality_sheet(cells)
+    sheet = quality_table(cells)
     assert sheet is not None
     assert next(c for c in sheet.columns if c.title == "trainings").cells == ["3 of 3"] * 4
-    assert any("Trained 3 times, from seeds 0, 1, 2" in note for note in tradeoff_sheet(cells).notes)
+    assert any("Trained 3 times, from seeds 0, 1, 2" in note for note in tradeoff_table(cells).notes)
 
 
 def test_a_training_that_failed_is_left_out_and_told() -> None:
     made = [measure_cell(1, 32), quality_cell(1, seed=0), quality_cell(1, seed=1, status="nan_loss"), quality_cell(1, seed=2)]
-    line = tables.tradeoff(made).iloc[0]
+    line = tradeoff(made).iloc[0]
     assert line["status"] == "nan_loss in quality (1 of 3 trainings)"
     assert line[FRECHET] == pytest.approx(41.2 * 1.01)  # of seeds 0 and 2
-    alone = tables.tradeoff([measure_cell(1, 32), quality_cell(1, seed=0), quality_cell(1, seed=1, status="nan_loss")]).iloc[0]
+    alone = tradeoff([measure_cell(1, 32), quality_cell(1, seed=0), quality_cell(1, seed=1, status="nan_loss")]).iloc[0]
     assert alone[f"{FRECHET}_low"] == pytest.approx(0.98 * 41.2)  # one training is left: what is known is its interval
 
 
 def test_a_rivals_peak_is_held_against_the_experiments_whole_image(cells: list[CellResult]) -> None:
-    frame = tables.tradeoff(cells)
+    frame = tradeoff(cells)
     changes = frame["train_peak_bytes"] / frame["train_peak_bytes"][0] - 1
     assert list(frame["train_peak_change"]) == pytest.approx(list(changes))
     two = [*cells, measure_cell(1, 16, batch_size=16)]  # now there are two whole images: which one is not known
-    assert math.isnan(tables.tradeoff(two).iloc[-1]["train_peak_change"])
+    assert math.isnan(tradeoff(two).iloc[-1]["train_peak_change"])
 
 
 def test_what_was_held_equal_is_said_as_the_cells_have_it(cells: list[CellResult]) -> None:
@@ -101,7 +101,7 @@ def test_what_was_held_equal_is_said_as_the_cells_have_it(cells: list[CellResult
     assert told == (
         "Held equal between trainings: the time (60.0 to 61.9 s each, checkpoints included); they saw 9,000 to 16,000 images."
     )
-    assert told in tradeoff_sheet([measure_cell(1, 32), *other]).notes
+    assert told in tradeoff_table([measure_cell(1, 32), *other]).notes
     assert any(line.startswith(told) for line in quality_statements(other))
 
 
@@ -138,7 +138,7 @@ def test_names_of_any_length_fit_the_figure() -> None:
     for i in range(5):
         name = f"{i} a rival of a name as long as allowed"
         made += [measure_cell(1, 32, variant=name), quality_cell(1, variant=name)]
-    figure = plots.memory_against_quality(tables.tradeoff(made))
+    figure = plots.memory_against_quality(tradeoff(made))
     assert figure is not None
     pixels = np.asarray(Image.open(io.BytesIO(style.rendered(figure, "png"))).convert("L"))
     assert (np.concatenate([pixels[:, :3], pixels[:, -3:]]) == 255).all()
@@ -190,7 +190,7 @@ def test_at_equal_memory_time_is_what_is_compared() -> None:
     assert held_equal(made[:3]) == (
         "Held equal between training steps: the memory (200 MiB given to a training step; measured peaks 32.3 MiB to 62.1 MiB)."
     )
-    sheet = tradeoff_sheet(made)
+    sheet = tradeoff_table(made)
     columns = {column.title: column.cells for column in sheet.columns}
     assert columns["batch × accum."] == ["1 × 32", "8 × 4", "32 × 1"]
     assert columns["training (s)"] == ["–", "60.0", "81.5"]

@@ -17,9 +17,12 @@ from matplotlib.text import Annotation, Text
 from PIL import Image
 
 from pbbench.records.cells import CellResult, read_cells
-from pbbench.report.figures import charts as plots
 from pbbench.report.figures import gallery, style
-from pbbench.report.tables import numbers as tables
+from pbbench.report.figures import scatter as plots
+from pbbench.report.figures.bars import peak_by_category
+from pbbench.report.figures.samples import sample_grids
+from pbbench.report.tables.memory import split
+from pbbench.report.tables.tradeoff import tradeoff
 
 SETTINGS = [(d, p) for d in (1, 2, 4, 8) for p in (32 * d * d, 32)]
 
@@ -35,15 +38,15 @@ def figures() -> dict[str, Figure]:
     cells = cells_of()
     crowd = [measure_cell(d, p, device="cuda") for d in (1, 2, 4, 8) for p in (32 * d * d, 64, 32, 16, 8) if p <= 32 * d * d]
     crowd += [quality_cell(d) for d in (1, 2, 4, 8)]
-    frame, crowded = tables.tradeoff(cells), tables.tradeoff(crowd)
+    frame, crowded = tradeoff(cells), tradeoff(crowd)
     drawn = {
         "quality": plots.memory_against_quality(frame),
         "speed": plots.speed_against_memory(frame),
-        "split": plots.peak_by_category(tables.split(cells)),
+        "split": peak_by_category(split(cells)),
         "crowded quality": plots.memory_against_quality(crowded),
         "crowded speed": plots.speed_against_memory(crowded),
-        "crowded split": plots.peak_by_category(tables.split(crowd)),
-        "one divider": plots.memory_against_quality(tables.tradeoff([measure_cell(1, 32), quality_cell(1)])),
+        "crowded split": peak_by_category(split(crowd)),
+        "one divider": plots.memory_against_quality(tradeoff([measure_cell(1, 32), quality_cell(1)])),
     }
     found = {name: figure for name, figure in drawn.items() if figure is not None}
     assert len(found) == len(drawn)
@@ -91,13 +94,13 @@ def test_axes_name_what_they_show_the_meter_and_the_unit(figures: dict[str, Figu
     assert "bars: 95%" in left.get_ylabel()
     assert figures["speed"].axes[0].get_ylabel() == "training speed (images/s)"
     assert figures["split"].axes[1].get_ylabel() == "sampling peak, live tensor bytes (GiB)"
-    on_cpu = plots.speed_against_memory(tables.tradeoff(cells_of("cpu")))
+    on_cpu = plots.speed_against_memory(tradeoff(cells_of("cpu")))
     assert on_cpu is not None
     assert on_cpu.axes[0].get_xlabel() == "training peak, live tensor bytes (MiB)"
 
 
 def test_points_lie_where_the_table_says(figures: dict[str, Figure]) -> None:
-    frame = tables.tradeoff(cells_of())
+    frame = tradeoff(cells_of())
     axes = figures["quality"].axes[0]
     drawn = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_linestyle() == "None"}
     columns = frame["train_peak_bytes"] / 2**30, frame["random_features_frechet_distance"]
@@ -113,7 +116,7 @@ def test_points_lie_where_the_table_says(figures: dict[str, Figure]) -> None:
 
 def test_error_bars_are_the_intervals(figures: dict[str, Figure]) -> None:
     axes = figures["quality"].axes[0]
-    frame = tables.tradeoff(cells_of())
+    frame = tradeoff(cells_of())
     name = "random_features_frechet_distance"
     (bars,) = (c for c in axes.collections if len(c.get_paths()) == len(frame))
     drawn = {tuple(path.vertices[:, 1]) for path in bars.get_paths()}
@@ -124,7 +127,7 @@ def test_error_bars_are_the_intervals(figures: dict[str, Figure]) -> None:
 
 
 def test_bars_stack_to_the_peak(figures: dict[str, Figure]) -> None:
-    frame = tables.split(cells_of())
+    frame = split(cells_of())
     for axes, step in zip(figures["split"].axes[:2], ("train", "sample"), strict=True):
         heights: dict[float, float] = {}
         for bar in axes.patches:
@@ -157,7 +160,7 @@ def test_fills_are_steps_of_grey() -> None:
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_equal_input_gives_equal_files(kind: str) -> None:
     cells = [measure_cell(d, 32) for d in (1, 2)]
-    once, again = (style.rendered(plots.peak_by_category(tables.split(cells)), kind) for _ in range(2))  # type: ignore[arg-type]
+    once, again = (style.rendered(peak_by_category(split(cells)), kind) for _ in range(2))  # type: ignore[arg-type]
     assert once == again
     assert b"dc:date" not in once
     assert b"matplotlib.org" not in once.lower()
@@ -174,17 +177,17 @@ def test_png_is_sized_for_a_paper(figures: dict[str, Figure]) -> None:
 
 def test_nothing_to_draw_is_no_figure() -> None:
     failed = [measure_cell(1, 32, failed={"sample_step": "crashed", "train_step": "out_of_memory"}), quality_cell(1)]
-    frame = tables.tradeoff(failed)
+    frame = tradeoff(failed)
     assert plots.memory_against_quality(frame) is None
     assert plots.speed_against_memory(frame) is None
-    assert plots.peak_by_category(tables.split(failed)) is None
-    assert plots.memory_against_quality(tables.tradeoff([measure_cell(1, 32)])) is None  # nothing scored
-    assert gallery.sample_grids({}) is None
+    assert peak_by_category(split(failed)) is None
+    assert plots.memory_against_quality(tradeoff([measure_cell(1, 32)])) is None  # nothing scored
+    assert sample_grids({}) is None
 
 
 def test_a_step_that_failed_everywhere_leaves_one_panel_of_a_columns_width() -> None:
     made = [measure_cell(d, 32, failed={"train_step": "out_of_memory"}) for d in (1, 2)]
-    figure = plots.speed_against_memory(tables.tradeoff(made))
+    figure = plots.speed_against_memory(tradeoff(made))
     assert figure is not None
     assert len(figure.axes) == 1
     assert figure.get_size_inches()[0] == style.COLUMN_WIDTH
@@ -196,8 +199,8 @@ def test_sample_grids_stand_beside_each_other_with_the_reference(tmp_path: Path)
     grid_image(2).save(tmp_path / "square.png")
     grid_image(3, columns=12, rows=1).save(tmp_path / "strip.png")
     grids = {"d = 1": tmp_path / "a.png", "d = 2": tmp_path / "b.png"}
-    beside = gallery.sample_grids(grids, tmp_path / "square.png")
-    under = gallery.sample_grids(grids, tmp_path / "strip.png")
+    beside = sample_grids(grids, tmp_path / "square.png")
+    under = sample_grids(grids, tmp_path / "strip.png")
     assert beside is not None
     assert under is not None
     for figure in (beside, under):

@@ -66,7 +66,7 @@ def test_a_circle_is_found():
         ("pbbench.cli", ("torch", "pandas", "matplotlib", "diffusers", "accelerate")),
         ("pbbench.sweep.run", ("torch", "pandas", "matplotlib")),
         ("pbbench.report.pages.write", ("torch",)),
-        ("pbbench.report.compare.cells", ("torch", "matplotlib")),
+        ("pbbench.report.compare.runs", ("torch", "matplotlib")),
         ("pbbench.doctor.examine", ("torch", "pandas")),
         ("pbbench.memory.allocator", ("torch", "numpy")),
         ("pbbench.processes", ("torch",)),

@@ -21,8 +21,8 @@ from pbbench.experiment.experiment import Experiment, parse_experiment
 from pbbench.experiment.presets import load_experiment
 from pbbench.records import folder
 from pbbench.records.cells import read_cells
-from pbbench.report.tables.columns import tradeoff_sheet
 from pbbench.report.tables.held_equal import held_equal
+from pbbench.report.tables.tradeoff import tradeoff_table
 from pbbench.sweep.grid import Cell, images_a_step, plan, resolve
 from pbbench.sweep.planning import fit
 from pbbench.sweep.planning.calibration import UNCALIBRATED
@@ -289,7 +289,7 @@ def test_the_report_says_what_was_held_equal(run: tuple[Path, Path, Any]) -> Non
     assert "the memory (1.5 MiB given to a training step; measured peaks 1.3 MiB) and" in told
     assert "the images (8 seen each, in the same optimizer batches); they took" in told
     assert "held equal between trainings: the memory" in " ".join(done.stdout.lower().split())
-    sheet = tradeoff_sheet(cells)
+    sheet = tradeoff_table(cells)
     titles = [column.title for column in sheet.columns]
     found = load_experiment(out / "experiment.toml").sweep.fitted["/2"]
     assert sheet.columns[titles.index("batch × accum.")].cells[1] == f"{found.batch_size} × {4 // found.batch_size}"

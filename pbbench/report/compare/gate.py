@@ -1,19 +1,17 @@
-"""When a change counts: more bytes than a limit allows, exactly; and other times than noise explains, by a stated rule."""
+"""The rule of the gate: a step does not pass that ended worse, or whose peak grew by more than the limit.
+
+The limit (``--max-increase``) is held against one meter per step: CUDA's allocated bytes, warm, or live tensor bytes where
+either run has no CUDA reading. Bytes are compared as integers with an exact fraction, so that an increase of just the limit
+passes and one byte more does not. Without a limit only endings are held against a run.
+"""
 
 from __future__ import annotations
 
 import re
-import statistics
-from collections.abc import Sequence
 from fractions import Fraction
 
 from pbbench.errors import InputError
-
-FEWEST_STEPS = 3
-"""Single steps that a run must have timed before its speed is judged."""
-QUARTILE_STEPS = 5
-LEAST_CHANGE = 0.03
-"""One process against another differs by about this much on a quiet machine, however steady the steps within each are."""
+from pbbench.report.compare.steps import GATED, StepChange
 
 
 def parse_increase(text: str) -> Fraction:
@@ -32,24 +30,20 @@ def too_much(a: int, b: int, limit: Fraction) -> bool:
     return (b - a) * limit.denominator > a * limit.numerator
 
 
-def judge_speed(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> str:
-    """slower, faster or same, from the seconds of single steps, process by process.
-
-    The medians of all steps must differ by more than the interquartile ranges of both runs together, and by 3%; and the
-    medians of a run's processes must all lie on one side of the other's. Quartiles of fewer than five steps say little: there
-    the whole ranges count.
-    """
-    pooled = [[seconds for steps in run for seconds in steps] for run in (a, b)]
-    (before, after), noise = map(statistics.median, pooled), sum(map(_spread, pooled))
-    medians = [[statistics.median(steps) for steps in run] for run in (a, b)]
-    overlap = max(map(min, medians)) <= min(map(max, medians))
-    if overlap or abs(after - before) <= max(noise, LEAST_CHANGE * before):
-        return "same"
-    return "slower" if after > before else "faster"
-
-
-def _spread(times: Sequence[float]) -> float:
-    if len(times) < QUARTILE_STEPS:
-        return max(times) - min(times)
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return high - low
+def failure(step: StepChange, limit: Fraction | None, shown: str | None) -> str | None:
+    """Why this step does not pass, in a line headed by the cell; None where it does. ``shown``: the limit as it was given."""
+    name = f"{step.cell} {step.phase}"
+    if step.worse:
+        return f"{name}: {step.status[0]} in A, {step.status[1]} in B"
+    if limit is None:
+        return None
+    if step.gated is None:
+        known = [meter for meter in GATED if step.peaks[meter][0] is not None]
+        return f"{name}: A has {known[0]}, B does not: nothing shows that it did not grow" if known else None
+    a, b = step.peaks[step.gated]
+    assert a is not None
+    assert b is not None
+    if not too_much(a, b, limit):
+        return None
+    grown = f", {100 * (b - a) / a:+.3g}%" if a else ""
+    return f"{name}: {step.gated} {a:,} → {b:,} bytes ({b - a:+,}{grown}; the limit is {shown})"

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from pbbench.records.cells import CellResult
-from pbbench.records.rows import COLUMNS
+from pbbench.records.rows import COLUMNS, Row
 from pbbench.records.run import Run
-from pbbench.report.tables import numbers as tables
+from pbbench.report.tables.configurations import finite, grouped
+from pbbench.report.tables.scores import DISTANCES
 
 KEY = ("image_size", "dim", "dim_mults", "variant", "patch_divider")
 HIGHER_IS_BETTER = ("precision", "recall")
-FIGURES = (*tables.DISTANCES, *HIGHER_IS_BETTER, "seam_score", "held_out_loss")
-FEATURES = (*tables.DISTANCES, *HIGHER_IS_BETTER)
+FIGURES = (*DISTANCES, *HIGHER_IS_BETTER, "seam_score", "held_out_loss")
+FEATURES = (*DISTANCES, *HIGHER_IS_BETTER)
 """Figures that depend on the extractor and on how many images there are."""
 
 
@@ -46,7 +47,7 @@ class QualityChange:
 
 def quality_changes(a: Run, b: Run) -> tuple[list[QualityChange], list[str], tuple[list[str], list[str]]]:
     """(changes, notes, (cells only in A, cells only in B))."""
-    groups = _groups(a.cells), _groups(b.cells)
+    groups = [grouped(run.cells, "quality", KEY) for run in (a, b)]
     changes = []
     for key in sorted(groups[0].keys() & groups[1].keys(), key=lambda key: (key[-1] or 0, str(key))):
         changes += _changes(dict(zip(KEY, key, strict=True)), groups[0][key], groups[1][key])
@@ -56,7 +57,7 @@ def quality_changes(a: Run, b: Run) -> tuple[list[QualityChange], list[str], tup
     if alone and max(counts) == 1:
         notes.append("Each divider was trained once in each run: how far quality varies between trainings is not known.")
     for name, told in (("images_seen", "training images"), ("sampler", "samplers"), ("num_inference_steps", "sampling steps")):
-        seen = [{getattr(row, name) for row in _rows([c for g in group.values() for c in g])} - {None} for group in groups]
+        seen = [{value for g in group.values() for value in _recorded(g, "row", name)} - {None} for group in groups]
         if changes and seen[0] != seen[1]:
             shown = [", ".join(map(str, sorted(values))) or "not recorded" for values in seen]
             notes.append(f"The {told} behind the quality differ: {shown[0]} in A, {shown[1]} in B.")
@@ -66,15 +67,7 @@ def quality_changes(a: Run, b: Run) -> tuple[list[QualityChange], list[str], tup
     return changes, notes, (only_a, only_b)
 
 
-def _groups(cells: Sequence[CellResult]) -> dict[tuple[Any, ...], list[CellResult]]:
-    groups: dict[tuple[Any, ...], list[CellResult]] = {}
-    for cell in cells:
-        if cell.kind == "quality":
-            groups.setdefault(tuple(tables.axis(cell, name) for name in KEY), []).append(cell)
-    return groups
-
-
-def _rows(cells: Sequence[CellResult]) -> list[Any]:
+def _rows(cells: Sequence[CellResult]) -> list[Row]:
     return [row for cell in cells for row in cell.rows if row.phase == "quality" and row.status == "ok"]
 
 
@@ -102,26 +95,30 @@ def _changes(settings: dict[str, Any], a: Sequence[CellResult], b: Sequence[Cell
 
 def _values(cells: Sequence[CellResult], column: str) -> list[float]:
     if column in COLUMNS:
-        return tables.finite(getattr(row, column) for row in _rows(cells))
-    return tables.finite((cell.details.get("metrics") or {}).get(column) for cell in cells if cell.status == "ok")
+        return finite(getattr(row, column) for row in _rows(cells))
+    return finite((cell.details.get("metrics") or {}).get(column) for cell in cells if cell.status == "ok")
 
 
 def _incomparable(column: str, a: Sequence[CellResult], b: Sequence[CellResult]) -> str:
     """Why the figure of A and that of B measure different things; empty where they do not."""
-    asked = {"the reference images": [{c.details.get("reference") for c in cells} for cells in (a, b)]}
+    asked = [("the reference images", "details", "reference")]
     if column in FEATURES:
-        asked["the extractors"] = [{row.extractor for row in _rows(cells)} for cells in (a, b)]
-        asked["the numbers of images scored"] = [{row.num_images for row in _rows(cells)} for cells in (a, b)]
-        asked["the numbers of reference images"] = [{c.details.get("num_reference_images") for c in cells} for cells in (a, b)]
+        asked += [("the extractors", "row", "extractor"), ("the numbers of images scored", "row", "num_images")]
+        asked.append(("the numbers of reference images", "details", "num_reference_images"))
     if "patch" in column:
-        asked["the patches"] = [{(c.details.get("metrics") or {}).get("patches") for c in cells} for cells in (a, b)]
+        asked.append(("the patches", "metrics", "patches"))
     if column == "held_out_loss":
-        asked["the numbers of held-out images"] = [{c.details.get("num_held_out") for c in cells} for cells in (a, b)]
+        asked.append(("the numbers of held-out images", "details", "num_held_out"))
     if "kernel" in column:
-        asked["the subsets' sizes"] = [
-            {(c.details.get("metrics") or {}).get("kid_subset_size") for c in cells} for cells in (a, b)
-        ]
-    return next((f"{name} differ" for name, (one, two) in asked.items() if one != two), "")
+        asked.append(("the subsets' sizes", "metrics", "kid_subset_size"))
+    return next((f"{told} differ" for told, *of in asked if _recorded(a, *of) != _recorded(b, *of)), "")
+
+
+def _recorded(cells: Sequence[CellResult], place: str, name: str) -> set[Any]:
+    """What stands in the cells' quality rows, in their details or among their metrics."""
+    if place == "row":
+        return {getattr(row, name) for row in _rows(cells)}
+    return {(c.details if place == "details" else c.details.get("metrics") or {}).get(name) for c in cells}
 
 
 def _verdict(column: str, a: Sequence[float], b: Sequence[float]) -> str:

@@ -16,12 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from pbbench.report.tables.sheet import byte_unit
+from pbbench.report.tables.memory import CATEGORY_NAMES
 
 FULL_WIDTH = 7.0
 """Inches: the text width of a two-column paper."""
@@ -53,6 +54,7 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "path",
 }
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+STEP_NAMES = {"train": "training", "sample": "sampling"}
 STRONG, WEAK = "#123a75", "#8c8c8c"
 # Category → (colour, hatch): steps of luminance from dark to light, so that grey tells them apart, and hatches besides.
 FILLS = {
@@ -96,6 +98,12 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def new_panels(columns: int, height: float, rows: int = 1, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of a paper's column for a single panel, else of the text's width, and its panels."""
+    figure = new_figure(FULL_WIDTH if columns > 1 else COLUMN_WIDTH, height)
+    return figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).ravel())
+
+
 @styled
 def rendered(figure: Figure, kind: str) -> bytes:
     """The figure as "png" or "svg", without date or program version, so that equal figures are equal files."""
@@ -123,8 +131,19 @@ def scale_axis(axis: Axis, values: Sequence[float], *, zero: bool) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−")))
 
 
-def shared_unit(values: Iterable[float]) -> tuple[str, int]:
-    return byte_unit(value for value in values if math.isfinite(value))
+def category_fill(name: str) -> dict[str, Any]:
+    """The fill of a category of memory; edges and hatches in what shows on it."""
+    dark = name in ("parameter", "gradient", "optimizer", "ema")
+    colour, hatch = FILLS[name]
+    return {"facecolor": colour, "hatch": hatch, "edgecolor": "#ffffff" if dark else "#333333"}
+
+
+def category_legend(figure: Figure, shown: Iterable[str], others: Sequence[Any], one_column: bool) -> None:
+    """The categories' fills under the panels, then other handles."""
+    handles = [Patch(**category_fill(name), linewidth=0.3, label=CATEGORY_NAMES[name]) for name in shown]
+    most = 3 if one_column else len(handles) + len(others)
+    place: Any = {"loc": "outside lower center", "ncols": most}
+    figure.legend(handles=[*handles, *others], handletextpad=0.4, columnspacing=1.0, **place)
 
 
 def place_labels(

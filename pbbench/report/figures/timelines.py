@@ -12,7 +12,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import offset_copy
@@ -20,10 +19,9 @@ from matplotlib.transforms import offset_copy
 from pbbench.experiment.sizes import format_bytes
 from pbbench.records.cells import CellResult
 from pbbench.records.rows import CATEGORIES
-from pbbench.report.figures.charts import STEP_NAMES, ink
-from pbbench.report.figures.style import COLUMN_WIDTH, FILLS, FULL_WIDTH, new_figure, shared_unit, styled
-from pbbench.report.tables import numbers as tables
-from pbbench.report.tables.columns import CATEGORY_NAMES
+from pbbench.report.figures.style import STEP_NAMES, category_fill, category_legend, new_panels, styled
+from pbbench.report.tables.configurations import STEPS, axis, configurations
+from pbbench.report.tables.formatting import byte_unit
 
 MOST_STRETCHES = 7
 """Of forward, backward and optimizer that are still told apart on the axis; a step of many chunks has more."""
@@ -35,13 +33,13 @@ Timeline = Mapping[str, Any]
 def representative(cells: Sequence[CellResult], step: str) -> dict[str, Timeline]:
     """Title → timeline of ``step`` ("train" or "sample"): for each divider the configuration with the lowest peak; of the
     experiment itself, without its variants."""
-    phase = tables.STEPS[step]
+    phase = STEPS[step]
     found: dict[int, tuple[str, Timeline]] = {}
-    for settings, members in tables.configurations(c for c in cells if not tables.axis(c, "variant")):
+    for settings, members in configurations(c for c in cells if not axis(c, "variant")):
         data = next((c.details["timeline"][phase] for c in members if phase in c.details.get("timeline", {})), None)
         divider = settings["patch_divider"]
         if data and (divider not in found or data["peak_bytes"] < found[divider][1]["peak_bytes"]):
-            named = tables.passes(settings["patch_batch_size"], settings["batch_size"], divider)
+            named = settings["patches_per_pass"]
             words = {"all": "all patches", "index": "one index a pass"}.get(named, f"{named} a pass")
             found[divider] = (f"d = {divider}" + (f", {words}" if divider > 1 else ""), data)
     return dict(found[divider] for divider in sorted(found))
@@ -54,9 +52,8 @@ def live_bytes_over_a_step(timelines: Mapping[str, Timeline], step: str) -> Figu
         return None
     columns = min(4, len(timelines))
     rows = math.ceil(len(timelines) / columns)
-    figure = new_figure(FULL_WIDTH if columns > 1 else COLUMN_WIDTH, 0.45 + 2.15 * rows)
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-    unit, size = shared_unit([data["peak_bytes"] for data in timelines.values()])
+    figure, panels = new_panels(columns, 0.45 + 2.15 * rows, rows, sharey=True)
+    unit, size = byte_unit([data["peak_bytes"] for data in timelines.values()])
     highest = max(data["peak_bytes"] for data in timelines.values()) / size
     shown = [name for name in CATEGORIES if any(name in data["live_bytes"] for data in timelines.values())]
     for axes, (title, data) in zip(panels, timelines.items(), strict=False):
@@ -76,12 +73,7 @@ def live_bytes_over_a_step(timelines: Mapping[str, Timeline], step: str) -> Figu
         axes.set_ylabel(f"{STEP_NAMES[step]} step,\nlive tensor bytes ({unit})")
     for axes in panels[: len(timelines)][-columns:]:
         axes.set_xlabel("allocations and frees")
-    handles = []
-    for name in shown:
-        colour, hatch = FILLS[name]
-        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor=ink(name), linewidth=0.3, label=CATEGORY_NAMES[name]))
-    most = len(handles) if columns > 1 else 3
-    figure.legend(handles=handles, loc="outside lower center", ncols=most, handletextpad=0.4, columnspacing=1.0)
+    category_legend(figure, shown, [], columns == 1)
     return figure
 
 
@@ -93,8 +85,7 @@ def _stack(axes: Axes, data: Timeline, shown: Sequence[str], size: int) -> None:
         values = data["live_bytes"].get(name, 0)
         heights = values if isinstance(values, list) else [values] * len(places)
         top = [b + h / size for b, h in zip(below, heights, strict=True)]
-        colour, hatch = FILLS[name]
-        axes.fill_between(places, below, top, step="post", facecolor=colour, hatch=hatch, edgecolor=ink(name), linewidth=0.0)
+        axes.fill_between(places, below, top, step="post", linewidth=0.0, **category_fill(name))
         below = top
     axes.step(places, below, where="post", color="#333333", linewidth=0.5)
 

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pbbench.records.files import write_bytes
 from pbbench.records.run import read_run
 from pbbench.report.figures.gallery import pictures
 from pbbench.report.figures.style import rendered
-from pbbench.report.pages.html import contents, html_page, markdown_page
-from pbbench.report.tables import columns as layout
-from pbbench.report.tables import numbers as tables
-from pbbench.report.tables.sheet import to_latex
+from pbbench.report.pages.html import html_page
+from pbbench.report.pages.latex import latex_table
+from pbbench.report.pages.markdown import markdown_page
+from pbbench.report.pages.sections import sections
+from pbbench.report.tables.results import results_files
+from pbbench.report.tables.tradeoff import tradeoff_table
 
 
 def write_report(path: Path) -> list[Path]:
     """See ``pbbench.report.write_report``."""
     run = read_run(path)
-    files: dict[str, bytes] = {}
     found, absent = pictures(run.cells, path)
-    for picture in found:
-        for kind in ("png", "svg"):
-            files[f"figures/{picture.name}.{kind}"] = rendered(picture.figure, kind)
-    rows = tables.results(run.cells)
-    reasons = [json.dumps(r, ensure_ascii=False, sort_keys=True) for r in rows["reasons"]]
-    files["results.csv"] = rows.assign(reasons=reasons).to_csv(index=False, lineterminator="\n").encode()
-    files["results.json"] = (json.dumps(rows.to_dict("records"), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    files["table.tex"] = to_latex(layout.tradeoff_sheet(run.cells)).encode()
-    said = contents(run.cells, run.experiment, run.environment, run.notes + absent, run.experiment.get("name") or path.name)
-    inlined = []
-    for picture in found:  # photographs as pixels, charts as vectors
-        kind = "png" if picture.name == "samples" else "svg"
-        inlined.append((picture, kind, files[f"figures/{picture.name}.{kind}"]))
-    files["report.md"] = markdown_page(said, found).encode()
-    files["report.html"] = html_page(said, inlined).encode()
+    files = {f"figures/{p.name}.{kind}": rendered(p.figure, kind) for p in found for kind in ("png", "svg")}
+    files |= results_files(run.cells)
+    files["table.tex"] = latex_table(tradeoff_table(run.cells)).encode()
+    said = sections(run, found, run.notes + absent)
+    files["report.md"] = markdown_page(said).encode()
+    files["report.html"] = html_page(said, files).encode()
     for name, content in files.items():
         write_bytes(path / name, content)
-    _remove_stale(path / "figures", set(files))
-    return [path / name for name in files]
-
-
-def _remove_stale(folder: Path, kept: set[str]) -> None:
-    """Figures of an earlier report that this one does not have would pass for its own."""
-    for old in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if old.suffix in (".png", ".svg") and f"{folder.name}/{old.name}" not in kept:
+    for old in path.glob("figures/*"):  # a figure of an earlier report that this one does not have would pass for its own
+        if old.suffix in (".png", ".svg") and f"figures/{old.name}" not in files:
             old.unlink()
+    return [path / name for name in files]

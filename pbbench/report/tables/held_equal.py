@@ -6,15 +6,16 @@ from collections.abc import Iterable
 
 from pbbench.experiment.sizes import format_bytes
 from pbbench.records.cells import CellResult
-from pbbench.report.tables import numbers as tables
-from pbbench.report.tables.sheet import number, whole
+from pbbench.report.tables.configurations import finite, memory_given, step_values
+from pbbench.report.tables.formatting import number, whole
+from pbbench.report.tables.scores import trainings
 
 
 def held_equal(cells: Iterable[CellResult]) -> str | None:
     """One sentence; None where nothing was trained and scored, and no memory was given."""
     cells = list(cells)
     well = [c for c in cells if c.kind == "quality" and c.status == "ok"]
-    given = tables.memory_given(cells)
+    given = memory_given(cells)
     if given is not None:
         return _equal_memory(cells, well, given)
     seen = sorted({r.images_seen for c in well for r in c.rows if r.images_seen is not None})
@@ -31,7 +32,7 @@ def held_equal(cells: Iterable[CellResult]) -> str | None:
 
 
 def _seconds(trained: Iterable[CellResult]) -> str:
-    seconds = tables.finite(c.details.get("train_seconds") for c in trained)
+    seconds = finite(c.details.get("train_seconds") for c in trained)
     return " to ".join(dict.fromkeys(number(pick(seconds)) for pick in (min, max))) + " s"
 
 
@@ -39,7 +40,7 @@ def _equal_memory(cells: list[CellResult], trained: list[CellResult], given: int
     """The memory given and what was used of it, by the meter whose prediction was held against it; what the trainings took."""
     peaks: list[float] = []
     for meter in ("peak_reserved_bytes", "peak_live_bytes"):
-        peaks = peaks or tables.step_values(cells, "train_step", meter)
+        peaks = peaks or step_values(cells, "train_step", meter)
     least_most = " to ".join(dict.fromkeys(format_bytes(int(pick(peaks))) for pick in (min, max))) if peaks else "none"
     memory = f"{format_bytes(given)} given to a training step; measured peaks {least_most}"
     seen = sorted({r.images_seen for c in trained for r in c.rows if r.images_seen is not None})
@@ -54,7 +55,7 @@ def _equal_memory(cells: list[CellResult], trained: list[CellResult], given: int
 
 def trained_from(cells: Iterable[CellResult]) -> str:
     """How many trainings stand behind a figure: once, or so many times from which seeds."""
-    counts = sorted({len(named.get("num_images", [])) for named in tables.trainings(cells).values()} - {0})
+    counts = sorted({len(named.get("num_images", [])) for named in trainings(cells).values()} - {0})
     if counts in ([], [1]):
         return "once"
     seeds = sorted({c.axes["seed"] for c in cells if c.kind == "quality" and c.axes.get("seed") is not None})

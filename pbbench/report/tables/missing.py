@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pbbench.experiment.sizes import format_bytes
 from pbbench.records.cells import CellResult
 from pbbench.records.rows import COLUMNS, Row
-from pbbench.report.tables.numbers import DISTANCES, QUALITY, finite, results
+from pbbench.report.tables.configurations import finite
+from pbbench.report.tables.formatting import UNKNOWN, spaced, whole
+from pbbench.report.tables.layout import Table, table_of_lines
+from pbbench.report.tables.results import results
+from pbbench.report.tables.scores import DISTANCES, QUALITY
 
 OUT_OF_MEMORY = ("requested", "free", "capacity", "allocated", "reserved")
 """Byte counts that the error of a failed cell may hold."""
@@ -34,51 +39,56 @@ def failures(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
     return found
 
 
+def failures_table(cells: Sequence[CellResult]) -> Table | None:
+    """Every cell that failed and why; None where none did."""
+    found = failures(cells)
+    counts = [name for name in OUT_OF_MEMORY if any(name in f["bytes"] for f in found)]
+    lines = [
+        [
+            f["cell"],
+            *map(spaced, (f["status"], f["phase"] or UNKNOWN)),
+            f["cause"],
+            *(format_bytes(f["bytes"].get(n)) for n in counts),
+        ]
+        for f in found
+    ]
+    return table_of_lines("What failed", ["cell", "status", "phase", "cause", *counts], lines, words=4)
+
+
 def unmeasured(cells: Iterable[CellResult]) -> list[dict[str, Any]]:
     """What is null and why, grouped: columns, the reason, the phases, and how many rows; columns that no row of a run fills
     and that give no reason come last."""
     cells = list(cells)
-    groups: dict[str, dict[str, Any]] = {}
+    nulls: dict[str, list[tuple[str, Row]]] = {}  # reason → columns and rows
     filled: set[str] = set()
-    explained: set[str] = set()
     for row in (Row.model_validate(values) for values in results(cells).to_dict("records")):
         for name in COLUMNS:
-            reason = row.reasons.get(name)
             if getattr(row, name) is not None:
                 filled.add(name)
-            elif reason:
-                group = groups.setdefault(reason, {"columns": set(), "phases": set(), "rows": set()})
-                explained.add(name)
-                group["columns"].add(name)
-                group["phases"].add(row.phase)
-                group["rows"].add((row.cell, row.phase, row.temperature, row.repeat))
-    found = [
-        {
-            "columns": [c for c in COLUMNS if c in g["columns"]],
-            "reason": reason,
-            "phases": sorted(g["phases"]),
-            "rows": len(g["rows"]),
-        }
-        for reason, g in groups.items()
-    ]
-    silent = [c for c in COLUMNS if c not in filled | explained]
-    scored = any(c.kind == "quality" for c in cells)
-    unscored = [c for c in silent if c in {*QUALITY, "extractor", "sampler", "num_inference_steps"}] if not scored else []
-    if unscored:
-        found.append(
-            {
-                "columns": unscored,
-                "reason": "no quality cell in this run: memory and speed only",
-                "phases": ["quality"],
-                "rows": 0,
-            }
-        )
-    given = [c for c in DISTANCES if c in filled]
-    instead = [c for c in silent if c in DISTANCES] if given else []
-    if instead:
-        why = f"this run's samples are compared by {', '.join(given)}"
-        found.append({"columns": instead, "reason": why, "phases": ["quality"], "rows": 0})
-    rest = [c for c in silent if c not in unscored and c not in instead]
-    if rest:
-        found.append({"columns": rest, "reason": "null in every row; no reason was recorded", "phases": [], "rows": 0})
-    return found
+            elif reason := row.reasons.get(name):
+                nulls.setdefault(reason, []).append((name, row))
+
+    def group(columns: Iterable[str], reason: str, phases: Iterable[str], rows: int = 0) -> dict[str, Any]:
+        return {"columns": [c for c in COLUMNS if c in set(columns)], "reason": reason, "phases": sorted(phases), "rows": rows}
+
+    found = []
+    for reason, entries in nulls.items():
+        rows = {(row.cell, row.phase, row.temperature, row.repeat) for _, row in entries}
+        found.append(group([name for name, _ in entries], reason, {row.phase for _, row in entries}, len(rows)))
+    silent = set(COLUMNS) - filled - {name for entries in nulls.values() for name, _ in entries}
+    scored, given = any(c.kind == "quality" for c in cells), [c for c in DISTANCES if c in filled]
+    unscored = silent & {*QUALITY, "extractor", "sampler", "num_inference_steps"} if not scored else set()
+    instead = silent & set(DISTANCES) if given else set()
+    found.append(group(unscored, "no quality cell in this run: memory and speed only", ["quality"]))
+    found.append(group(instead, f"this run's samples are compared by {', '.join(given)}", ["quality"]))
+    found.append(group(silent - unscored - instead, "null in every row; no reason was recorded", []))
+    return [entry for entry in found if entry["columns"]]
+
+
+def missing_table(cells: Sequence[CellResult]) -> Table | None:
+    """The columns that are null, by reason."""
+    lines = []
+    for g in unmeasured(cells):
+        where = ", ".join(map(spaced, g["phases"])) or "all rows"
+        lines.append((", ".join(g["columns"]), g["reason"], where, whole(g["rows"]) if g["rows"] else "all"))
+    return table_of_lines("What was not measured", ("columns", "why", "in", "rows"), lines, words=3)

@@ -1,22 +1,23 @@
-"""What a run states about itself in words: what was measured, under which settings, whether patching pays, how good the
-images are and on how many they were scored, and how to read a row. Every sentence follows from the run's files.
+"""What a run states about itself in words: what was measured, under which settings, how good the images are and on how many
+they were scored, and how to read a row. Every sentence follows from the run's files.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from pbbench.experiment.sizes import format_bytes
 from pbbench.records.cells import CellResult
 from pbbench.records.quality_names import tag
-from pbbench.report.tables import missing
-from pbbench.report.tables import numbers as tables
-from pbbench.report.tables.columns import fixed_settings, passes_in_words
+from pbbench.report.tables.configurations import METERS, axis
 from pbbench.report.tables.held_equal import held_equal, trained_from
-from pbbench.report.tables.sheet import number, percent, whole
+from pbbench.report.tables.layout import fixed_settings
+from pbbench.report.tables.memory import meters
+from pbbench.report.tables.missing import failures
+from pbbench.report.tables.scores import intervals, quality, quality_names
+from pbbench.report.tables.tradeoff import tradeoff
 
 READING = (
     (
@@ -58,69 +59,13 @@ READING = (
 )
 
 
-def patching_pays(cells: Sequence[CellResult]) -> list[str]:
-    """Per step, the share of the peak that patching can touch, and the most it saved: one sentence or two each. Of the
-    experiment itself: a variant's peak is not patching's doing alone."""
-    cells = [cell for cell in cells if not tables.axis(cell, "variant")]
-    given = tables.memory_given(cells)
-    if given is not None:
-        return _speeds_at_equal_memory(cells, given)
-    parts, frame = tables.split(cells), tables.tradeoff(cells)
-    whole_image = parts[parts["patch_divider"] == 1]
-    if whole_image.empty:
-        return [
-            "Not known for this run: no step at d = 1 that ended well was split by what fills its peak. The rule: patching can "
-            "remove activations only, so it pays as far as they fill the peak."
-        ]
-    varied = parts[["batch_size", "mixed_precision"]].drop_duplicates().shape[0] > 1
-    sentences = []
-    for line in whole_image.to_dict("records"):
-        step = {"train": "Training", "sample": "Sampling"}[line["step"]]
-        where = f" (batch size {whole(line['batch_size'])}, autocast {line['mixed_precision']})" if varied else ""
-        share = line["activation_share"]
-        text = (
-            f"{step}{where}: at d = 1 activations are {percent(share, signed=False)} of the peak "
-            f"({format_bytes(int(line['activation_bytes']))} of {format_bytes(int(line['peak_live_bytes']))} of live tensors). "
-            "The rest, mostly weights and what belongs to them, stays whatever the divider. "
-        )
-        if share >= 0.5:
-            text += "Patching can pay here."
-        elif share >= 0.2:
-            text += "Patching can take off a part of it."
-        else:
-            text += "Patching has little to take off here."
-        same = frame["batch_size"].eq(line["batch_size"]) & frame["mixed_precision"].eq(line["mixed_precision"])
-        changes = frame.loc[same & (frame["patch_divider"] != 1), f"{line['step']}_peak_change"].dropna()
-        if len(changes):
-            best = frame[frame.index == changes.idxmin()].iloc[0]
-            named = f"d = {best['patch_divider']:.0f}, {passes_in_words(best['patches_per_pass'])}"
-            text += f" The lowest peak of those measured: {named}, {percent(changes.min())}."
-        sentences.append(text)
-    return sentences
-
-
-def _speeds_at_equal_memory(cells: Sequence[CellResult], given: int) -> list[str]:
-    """What a divider buys where each may use as much: speed."""
-    lines = tables.tradeoff(cells).sort_values("train_images_per_second", ascending=False, kind="stable")
-    told = []
-    for line in lines.to_dict("records"):
-        speed = line["train_images_per_second"]
-        ways = "" if line["patches_per_pass"] == "all" else f" ({passes_in_words(line['patches_per_pass'])})"
-        ended = f"{number(speed)} images/s" if math.isfinite(speed) else line["status"].split(" in ")[0].replace("_", " ")
-        told.append(f"d = {line['patch_divider']:.0f}{ways} {ended}")
-    return [
-        f"A training step was given {format_bytes(given)} at every divider, so what patching saves shows as speed. Training, "
-        f"the fastest first: {'; '.join(told)}."
-    ]
-
-
 def quality_statements(cells: Sequence[CellResult]) -> list[str]:
     """What the quality figures are, and what they rest on."""
     scored = [c for c in cells if c.kind == "quality"]
     if not scored:
         return ["No images were scored in this run: memory and speed only."]
-    scores = tables.quality(cells)
-    names = tables.quality_names(scores)
+    scores = quality(cells)
+    names = quality_names(scores)
     said = []
     if not names:
         said.append("No divider has a quality figure; the table of failures says why.")
@@ -141,7 +86,7 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
     counts = sorted({s["num_images"] for s in scores.values() if "num_images" in s})
     if "frechet_inception_distance" in names and counts and counts[0] < 10_000:
         said.append(f"FID{tag(counts)} lies above what more images would give; compare it only with FID of as many.")
-    if any(tables.intervals(cells).values()):
+    if any(intervals(cells).values()):
         said.append(
             "95% intervals are over the draw of samples alone: how far the figure would move if the same model drew as many "
             "others. They leave out the bias of so many images and the difference another training makes."
@@ -166,9 +111,9 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
 
 def meters_used(cells: Sequence[CellResult]) -> list[str]:
     """The meters that gave a reading, in words and by column, and what the cells add about them."""
-    frame = tables.meters(cells)
+    frame = meters(cells)
     described = dict.fromkeys(str(text) for cell in cells for text in cell.details.get("meters") or [])
-    return [f"{text} ({name})" for name, text in tables.METERS.items() if name in frame] + list(described)
+    return [f"{text} ({name})" for name, text in METERS.items() if name in frame] + list(described)
 
 
 def machine(environment: dict[str, Any]) -> list[tuple[str, str]]:
@@ -205,16 +150,16 @@ def settings(experiment: dict[str, Any]) -> list[tuple[str, str]]:
 
 def headline(cells: Sequence[CellResult], environment: dict[str, Any]) -> list[str]:
     """The run in two or three lines: where, what, how much of it ended well."""
-    unchanged = [c for c in cells if not tables.axis(c, "variant")]
+    unchanged = [c for c in cells if not axis(c, "variant")]
     row = next((r for c in unchanged for r in c.rows if r.image_size), None)
     place = environment.get("gpu") or environment.get("cpu") or environment.get("device") or "a device that is not recorded"
     lines = [f"Measured on {place}" + (f" with torch {environment['torch']}" if environment.get("torch") else "") + "."]
     if row:
         network = f"Network: dim {row.dim}, multipliers {row.dim_mults}, images of {row.image_size} pixels"
-        said = fixed_settings(tables.tradeoff(unchanged))
-        variants = sorted({tables.axis(c, "variant") for c in cells} - {""})
+        said = fixed_settings(tradeoff(unchanged))
+        variants = sorted({axis(c, "variant") for c in cells} - {""})
         lines.append(f"{network}{', ' + said if said else ''}." + (f" Variants: {', '.join(variants)}." if variants else ""))
-    failed = len(missing.failures(cells))
+    failed = len(failures(cells))
     ended = f"{len(cells)} cells, all ended well" if not failed else f"{len(cells)} cells, {failed} of them failed"
     seeds = sorted({r.seed for c in cells for r in c.rows if r.seed is not None})
     lines.append(f"{ended}" + (f"; seed {', '.join(map(str, seeds))}." if seeds else "."))

@@ -1,4 +1,4 @@
-"""A comparison of two runs for people and for programs: the same sheets as terminal tables or Markdown, and JSON."""
+"""A comparison of two runs for people and for programs: the same tables in a terminal or as Markdown, and JSON."""
 
 from __future__ import annotations
 
@@ -7,46 +7,31 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from pbbench.records.quality_names import quality_label
-from pbbench.report.compare.cells import GATED, VARIED, Comparison, StepChange
 from pbbench.report.compare.quality import QualityChange
-from pbbench.report.tables.columns import settings_columns
-from pbbench.report.tables.numbers import METERS, passes
-from pbbench.report.tables.sheet import (
-    UNKNOWN,
-    Column,
-    Sheet,
-    byte_unit,
-    in_unit,
-    markdown_escape,
-    number,
-    percent,
-    to_markdown,
-    to_rich,
-    whole,
-)
+from pbbench.report.compare.runs import Comparison
+from pbbench.report.compare.speed import RULE
+from pbbench.report.compare.steps import GATED, StepChange
+from pbbench.report.pages.markdown import markdown_escape, markdown_table
+from pbbench.report.pages.terminal import terminal_table
+from pbbench.report.tables.configurations import METERS, SETTINGS, passes_of
+from pbbench.report.tables.formatting import UNKNOWN, byte_unit, in_unit, number, percent, spaced
+from pbbench.report.tables.layout import Column, Table, settings_columns, subject_columns, text_column
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-RULE = (
-    "Times are medians of single steps; slower or faster only where they differ by more than both runs' interquartile ranges "
-    "together (whole ranges below five steps) and by 3%, and no repeat of one run lies among the other's."
-)
-
 
 def to_terminal(comparison: Comparison, width: int | None = None) -> list[RenderableType]:
     """The tables, then a line for each cell that only one run has, each difference between the runs, and the verdict."""
-    tables = [to_rich(sheet, width, "with --markdown") for sheet in _sheets(comparison)]
-    return [*tables, *_told(comparison)]
+    return [*(terminal_table(table, width, "with --markdown") for table in _tables(comparison)), *_told(comparison)]
 
 
 def to_page(comparison: Comparison) -> str:
     """Markdown."""
     a, b = comparison.paths
-    parts = [f"# {a} against {b}", *(f"## {sheet.title}\n\n{to_markdown(sheet)}".rstrip() for sheet in _sheets(comparison))]
     lines = [*_told(comparison), *(f"Failed: {line}" for line in comparison.failures)]
-    parts.append("\n".join(f"- {markdown_escape(line)}" for line in lines))
-    return "\n\n".join(parts) + "\n"
+    tables = [f"## {table.title}\n\n{markdown_table(table)}" for table in _tables(comparison)]
+    return "\n\n".join([f"# {a} against {b}", *tables, "\n".join(f"- {markdown_escape(line)}" for line in lines)]) + "\n"
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -80,35 +65,29 @@ def _step_json(step: StepChange) -> dict[str, Any]:
     return {**told, **meters, **speed}
 
 
-def _sheets(comparison: Comparison) -> list[Sheet]:
-    return [sheet for sheet in (_steps_sheet(comparison), _quality_sheet(comparison)) if sheet is not None]
+def _tables(comparison: Comparison) -> list[Table]:
+    steps, scores = comparison.steps, comparison.quality
+    return [*([_steps_table(steps)] if steps else []), *([_quality_table(scores)] if scores else [])]
 
 
-def _steps_sheet(comparison: Comparison) -> Sheet | None:
-    steps = comparison.steps
-    if not steps:
-        return None
-    columns = _settings(steps)
-    columns.append(Column(("step",), [step.phase.removesuffix("_step") for step in steps], numeric=False))
+def _steps_table(steps: list[StepChange]) -> Table:
+    columns = [*_settings(steps), text_column("step", [step.phase.removesuffix("_step") for step in steps])]
     gated = sorted({step.gated for step in steps if step.gated})
     pairs = [_peaks(step) for step in steps]
     unit = byte_unit(float(v) for pair in pairs for v in pair if v is not None)
     for i, name in enumerate("AB"):
-        texts = [UNKNOWN if pair[i] is None else in_unit(float(pair[i] or 0), *unit) for pair in pairs]
+        texts = [UNKNOWN if (peak := pair[i]) is None else in_unit(peak, *unit) for pair in pairs]
         columns.append(Column((f"peak {name}", unit[0]), texts, title=f"peak {name} ({unit[0]})"))
-    changes = [_exact_change(step, step.gated) for step in steps]
-    columns.append(Column(("peak", "change"), changes))
+    columns.append(Column(("peak", "change"), [_exact_change(step, step.gated) for step in steps]))
     for meter, name, rank in (("peak_reserved_bytes", "reserved", 3), ("peak_process_bytes", "process", 4)):
         texts = [_exact_change(step, meter) for step in steps]
         if any(text != UNKNOWN for text in texts):
             columns.append(Column((name, "change"), texts, rank=rank))
-    for i, name in enumerate("AB"):
-        columns.append(Column((f"s/step {name}",), [number(step.seconds[i]) for step in steps], rank=2))
-    columns.append(Column(("speed",), [_speed(step) for step in steps], numeric=False, rank=1))
-    columns.append(Column(("status",), [_status(step) for step in steps], numeric=False))
+    columns += [Column((f"s/step {name}",), [number(s.seconds[i]) for s in steps], rank=2) for i, name in enumerate("AB")]
+    columns.append(text_column("speed", map(_speed, steps), rank=1))
+    columns.append(text_column("status", map(_status, steps)))
     by = " or ".join(METERS[meter] for meter in gated) or "no meter that both runs read"
-    notes = [f"Peaks: {by}, warm step, the largest of the repeats.", RULE]
-    return Sheet("Memory and speed", columns, notes)
+    return Table("Memory and speed", columns, [f"Peaks: {by}, warm step, the largest of the repeats.", RULE])
 
 
 def _peaks(step: StepChange) -> tuple[int | None, int | None]:
@@ -119,15 +98,14 @@ def _peaks(step: StepChange) -> tuple[int | None, int | None]:
 
 def _settings(steps: list[StepChange]) -> list[Column]:
     """The usual columns, and any other setting that varies."""
-    usual = (*VARIED, "gradient_accumulation_steps")
-    frame = pd.DataFrame([{name: step.settings.get(name) for name in usual} for step in steps])
-    frame["patches_per_pass"] = [
-        passes(*(step.settings.get(name) for name in ("patch_batch_size", "batch_size", "patch_divider"))) for step in steps
-    ]
-    others = sorted({name for step in steps for name in step.settings} - set(usual))
-    varying = [name for name in others if len({step.settings.get(name) for step in steps}) > 1]
-    extra = [Column((n,), [str(step.settings.get(n, UNKNOWN)) for step in steps], numeric=False) for n in varying]
-    return settings_columns(frame) + extra
+    frame = pd.DataFrame([{name: step.settings.get(name) for name in SETTINGS} for step in steps])
+    frame["patches_per_pass"] = [passes_of(step.settings) for step in steps]
+    columns = settings_columns(frame)
+    for name in sorted({name for step in steps for name in step.settings} - set(SETTINGS)):
+        values = [step.settings.get(name) for step in steps]
+        if len(set(values)) > 1:
+            columns.append(text_column(name, [str(step.settings.get(name, UNKNOWN)) for step in steps]))
+    return columns
 
 
 def _exact_change(step: StepChange, meter: str | None) -> str:
@@ -145,31 +123,24 @@ def _exact_change(step: StepChange, meter: str | None) -> str:
 def _speed(step: StepChange) -> str:
     a, b = step.seconds
     if step.speed == "unknown" or not a or b is None:
-        return "–"
+        return UNKNOWN
     return f"{step.speed} ({percent(b / a - 1)})" if step.speed != "same" else "same"
 
 
 def _status(step: StepChange | QualityChange) -> str:
-    a, b = (text.replace("_", " ") for text in step.status)
+    a, b = map(spaced, step.status)
     return a if a == b else f"{a} → {b}"
 
 
-def _quality_sheet(comparison: Comparison) -> Sheet | None:
-    rows = comparison.quality
-    if not rows:
-        return None
-    variants = [c.settings["variant"] for c in rows]
-    columns = [Column(("variant",), variants, numeric=False)] if any(variants) else []
-    columns += [
-        Column(("d",), [whole(c.settings["patch_divider"]) for c in rows]),
-        Column(("figure",), [quality_label(c.column, c.num_images) if c.column else UNKNOWN for c in rows], numeric=False),
-        Column(("A",), [number(c.values[0]) for c in rows]),
-        Column(("B",), [number(c.values[1]) for c in rows]),
-        Column(("verdict",), [c.verdict + (f": {c.reason}" if c.reason else "") for c in rows], numeric=False),
-        Column(("status",), [_status(c) for c in rows], numeric=False, rank=1),
+def _quality_table(rows: list[QualityChange]) -> Table:
+    columns = [
+        *subject_columns([(c.settings["variant"], c.settings["patch_divider"]) for c in rows]),
+        text_column("figure", [quality_label(c.column, c.num_images) if c.column else UNKNOWN for c in rows]),
+        *(Column((name,), [number(c.values[i]) for c in rows]) for i, name in enumerate("AB")),
+        text_column("verdict", [c.verdict + (f": {c.reason}" if c.reason else "") for c in rows]),
+        text_column("status", map(_status, rows), rank=1),
     ]
-    note = "Lower is better; of precision and recall higher; a seam score the nearer to 1."
-    return Sheet("Quality", columns, [note])
+    return Table("Quality", columns, ["Lower is better; of precision and recall higher; a seam score the nearer to 1."])
 
 
 def _told(comparison: Comparison) -> list[str]:

@@ -1,8 +1,9 @@
-"""The charts: memory against quality (at equal memory time against quality), what fills each peak, and speed against memory.
+"""The charts of configurations as points: memory against quality (at equal memory time against quality), and speed against
+memory.
 
-Each function takes a table of ``tables`` and returns a figure, or None where the table holds nothing to draw. Shape marks the
-divider, or in a run with variants the variant, the divider then standing at the point; filled marks one patch index a pass,
-open marks all patches in one pass, half filled any other number.
+Each function takes ``tables.tradeoff`` and returns a figure, or None where it holds nothing to draw. Shape marks the divider,
+or in a run with variants the variant, the divider then standing at the point; filled marks one patch index a pass, open marks
+all patches in one pass, half filled any other number.
 """
 
 from __future__ import annotations
@@ -17,30 +18,29 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from pbbench.records.quality_names import quality_label
-from pbbench.records.rows import CATEGORIES
 from pbbench.report.figures.style import (
     COLUMN_WIDTH,
-    FILLS,
     FULL_WIDTH,
     MARKERS,
+    STEP_NAMES,
     STRONG,
     WEAK,
     Point,
     new_figure,
+    new_panels,
     place_labels,
     scale_axis,
-    shared_unit,
     styled,
 )
-from pbbench.report.tables.columns import CATEGORY_NAMES
-from pbbench.report.tables.numbers import METERS, STEPS, distance_column, sample_counts
-from pbbench.report.tables.sheet import in_unit
+from pbbench.report.tables.configurations import METERS, STEPS, passes_in_words
+from pbbench.report.tables.formatting import byte_unit
+from pbbench.report.tables.scores import distance_column, sample_counts
 
-STEP_NAMES = {"train": "training", "sample": "sampling"}
-DASHED: Any = (0, (4, 2))
+DASHED: Any = {"color": STRONG, "linestyle": (0, (4, 2)), "linewidth": 0.8}
+POINT: Any = {"linestyle": "none", "markersize": 5, "markeredgewidth": 0.9}
+HEIGHT = 2.75
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -75,16 +75,17 @@ def _panels(frame: pd.DataFrame, values: Mapping[str, str], *, sharey: bool) -> 
     drawn = {s: lines for s, lines in drawn.items() if len(lines)}
     if not drawn:
         return None
-    figure = new_figure(FULL_WIDTH if len(drawn) > 1 else COLUMN_WIDTH, 2.75)
+    figure, made = new_panels(len(drawn), HEIGHT, sharey=sharey)
     panels = []
-    for axes, (step, lines) in zip(figure.subplots(1, len(drawn), sharey=sharey, squeeze=False)[0], drawn.items(), strict=True):
-        unit, size = shared_unit(lines[f"{step}_peak_bytes"])
-        panels.append(_Panel(axes, lines, [x / size for x in lines[f"{step}_peak_bytes"]], list(lines[values[step]])))
-        scale_axis(axes.xaxis, panels[-1].xs, zero=True)
+    for axes, (step, lines) in zip(made, drawn.items(), strict=True):
+        unit, size = byte_unit(lines[f"{step}_peak_bytes"])
+        panel = _Panel(axes, lines, list(lines[f"{step}_peak_bytes"] / size), list(lines[values[step]]))
+        panels.append(panel)
+        scale_axis(axes.xaxis, panel.xs, zero=True)
         axes.set_xlabel(f"{STEP_NAMES[step]} peak, {METERS[frame.attrs['memory_column']]} ({unit})")
         if f"{step}_peak_bytes_min" in lines:  # the range over the repeats
             low, high = (lines[f"{step}_peak_bytes_{end}"] / size for end in ("min", "max"))
-            axes.hlines(panels[-1].ys, low, high, color=WEAK, linewidth=0.7, zorder=2)
+            axes.hlines(panel.ys, low, high, color=WEAK, linewidth=0.7, zorder=2)
     return figure, panels
 
 
@@ -95,8 +96,9 @@ def _with_kinds(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(kind=words)
 
 
-def _fill(passes: str) -> str:
-    return {"index": "full", "all": "none"}.get(passes, "left")
+def _marker(passes: str, colour: str) -> Any:
+    fill = {"index": "full", "all": "none"}.get(passes, "left")
+    return {**POINT, "fillstyle": fill, "markerfacecoloralt": "white", "color": colour}
 
 
 def _name(line: Any) -> str:
@@ -113,31 +115,20 @@ def _kinds(panels: Sequence[_Panel]) -> list[str]:
 def _draw_points(panel: _Panel, kinds: Sequence[str], colours: Sequence[str]) -> None:
     for (x, y), (_, line), colour in zip(panel.points, panel.lines.iterrows(), colours, strict=True):
         shape: Any = MARKERS[kinds.index(line["kind"]) % len(MARKERS)]
-        fill: dict[str, Any] = {"fillstyle": _fill(line["patches_per_pass"]), "markerfacecoloralt": "white", "color": colour}
-        panel.axes.plot(
-            [x],
-            [y],
-            marker=shape,
-            markersize=5,
-            markeredgewidth=0.9,
-            linestyle="none",
-            zorder=4 if colour == STRONG else 3,
-            **fill,
-        )
+        above = 4 if colour == STRONG else 3
+        panel.axes.plot([x], [y], marker=shape, zorder=above, **_marker(line["patches_per_pass"], colour))
 
 
 def _finish(figure: Figure, panels: Sequence[_Panel], extra: Sequence[Line2D]) -> Figure:
     """The shapes and fills that occur in a legend under the panels, then the points' labels."""
     lines = pd.concat([panel.lines for panel in panels])
-    bare: dict[str, Any] = {"linestyle": "none", "markersize": 5, "markeredgewidth": 0.9}
-    shape: dict[str, Any] = {**bare, "color": "#555555", "markerfacecolor": "#dddddd"}
+    shape: Any = {**POINT, "color": "#555555", "markerfacecolor": "#dddddd"}
     handles = [Line2D([], [], marker=MARKERS[i % len(MARKERS)], label=kind, **shape) for i, kind in enumerate(_kinds(panels))]
-    words = {"none": "all patches in one pass", "full": "one patch index a pass", "left": "another number a pass"}
-    occurring = {_fill(passes) for passes in lines["patches_per_pass"]}
-    for style, label in words.items():
-        if style in occurring:
-            fill: dict[str, Any] = {"fillstyle": style, "markerfacecoloralt": "white", "color": STRONG}
-            handles.append(Line2D([], [], marker="o", label=label, **bare, **fill))
+    occurring = {passes if passes in ("all", "index") else "other" for passes in lines["patches_per_pass"]}
+    for passes in ("all", "index", "other"):
+        if passes in occurring:
+            label = "another number a pass" if passes == "other" else passes_in_words(passes)
+            handles.append(Line2D([], [], marker="o", label=label, **_marker(passes, STRONG)))
     handles += list(extra)
     most = 7 if figure.get_figwidth() > COLUMN_WIDTH else 2
     if lines["variant"].any():  # names of any length: about 19 letters an inch, and room for the shapes
@@ -158,14 +149,11 @@ def _quality_axis(frame: pd.DataFrame, column: str) -> str:
 
 @styled
 def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
-    """``tables.tradeoff`` as points, training and sampling side by side, with the configurations no other beats joined and
+    """The trade-off as points, training and sampling side by side, with the configurations no other beats joined and
     bars for the quality figure's 95% intervals, or its range over several trainings, where it has them."""
     column = distance_column(frame)
     drawn = _panels(frame, dict.fromkeys(STEPS, column), sharey=True) if column else None
-    if column is None or drawn is None:
-        return None
-    figure, panels = drawn
-    return _against_quality(figure, panels, frame, column)
+    return _against_quality(*drawn, frame) if drawn else None
 
 
 @styled
@@ -178,21 +166,22 @@ def time_against_quality(frame: pd.DataFrame) -> Figure | None:
     lines = lines[lines["train_seconds"].notna() & lines[column].notna()]
     if not len(lines):
         return None
-    figure = new_figure(FULL_WIDTH, 2.75)
+    figure = new_figure(FULL_WIDTH, HEIGHT)
     panel = _Panel(figure.subplots(), lines, list(lines["train_seconds"]), list(lines[column]))
     scale_axis(panel.axes.xaxis, panel.xs, zero=True)
     panel.axes.set_xlabel("training (s)")
-    return _against_quality(figure, [panel], frame, column)
+    return _against_quality(figure, [panel], frame)
 
 
-def _against_quality(figure: Figure, panels: Sequence[_Panel], frame: pd.DataFrame, column: str) -> Figure:
-    kinds = _kinds(panels)
+def _against_quality(figure: Figure, panels: Sequence[_Panel], frame: pd.DataFrame) -> Figure:
+    kinds, column = _kinds(panels), distance_column(frame)
+    assert column is not None
     for panel in panels:
         front = pareto(panel.points)
         corners = [panel.points[front[0]]]
         for i in front[1:]:  # a staircase: the best quality that each size of memory buys
             corners += [(panel.xs[i], corners[-1][1]), panel.points[i]]
-        panel.axes.plot(*zip(*corners, strict=True), color=STRONG, linestyle=DASHED, linewidth=0.8)
+        panel.axes.plot(*zip(*corners, strict=True), **DASHED)
         panel.joins.append(corners)
         _draw_points(panel, kinds, [STRONG if i in front else WEAK for i in range(len(panel.points))])
         for low, high in (("low", "high"), ("min", "max")):
@@ -206,13 +195,12 @@ def _against_quality(figure: Figure, panels: Sequence[_Panel], frame: pd.DataFra
     shown += [max(y, lowest) for panel in panels for join in panel.joins for _, y in join]
     scale_axis(panels[0].axes.yaxis, shown, zero=False)
     panels[0].axes.set_ylabel(_quality_axis(frame, column))
-    label = "Pareto front (its points dark)"
-    return _finish(figure, panels, [Line2D([], [], color=STRONG, linestyle=DASHED, linewidth=0.8, label=label)])
+    return _finish(figure, panels, [Line2D([], [], label="Pareto front (its points dark)", **DASHED)])
 
 
 @styled
 def speed_against_memory(frame: pd.DataFrame) -> Figure | None:
-    """``tables.tradeoff`` as points: images per second over the peak, a line through the dividers of each way to pass."""
+    """The trade-off as points: images per second over the peak, a line through the dividers of each way to pass."""
     drawn = _panels(frame, {step: f"{step}_images_per_second" for step in STEPS}, sharey=False)
     if drawn is None:
         return None
@@ -232,77 +220,3 @@ def speed_against_memory(frame: pd.DataFrame) -> Figure | None:
         scale_axis(panel.axes.yaxis, panel.ys, zero=True)
         panel.axes.set_ylabel(f"{step} speed (images/s)")
     return _finish(figure, panels, [])
-
-
-@styled
-def peak_by_category(frame: pd.DataFrame) -> Figure | None:
-    """``tables.split`` as stacked bars per divider, the ways to pass side by side, training and sampling in two panels. A
-    diamond marks what CUDA's allocator measured over the same step."""
-    drawn = {s: frame[frame["step"] == s] for s in STEPS if (frame["step"] == s).any()}
-    if not drawn:
-        return None
-    figure = new_figure(FULL_WIDTH if len(drawn) > 1 else COLUMN_WIDTH, 3.0)
-    panels = figure.subplots(1, len(drawn), squeeze=False)[0]
-    shown = [name for name in CATEGORIES if (frame[f"{name}_bytes"] > 0).any()]
-    for axes, (short, lines) in zip(panels, drawn.items(), strict=True):
-        unit, size = shared_unit([*lines["peak_live_bytes"], *lines["measured_peak_bytes"]])
-        places, middles = _bar_places(list(lines["patch_divider"]))
-        below = pd.Series(0.0, index=lines.index)
-        for name in shown:
-            colour, hatch = FILLS[name]
-            heights = lines[f"{name}_bytes"].fillna(0) / size
-            axes.bar(places, heights, 0.8, bottom=below, color=colour, hatch=hatch, edgecolor=ink(name), linewidth=0.3)
-            below += heights
-        tops = pd.concat([below, lines["measured_peak_bytes"] / size], axis=1).max(axis=1)
-        axes.plot(places, lines["measured_peak_bytes"] / size, "D", color="black", markerfacecolor="white", markersize=3)
-        crowded = len(places) > 10
-        lift = (6.0 if crowded else 4.0) if lines["measured_peak_bytes"].notna().any() else 2.0  # clear of the diamond
-        turn = 90 if crowded else 0
-        for place, top, total in zip(places, tops, lines["peak_live_bytes"], strict=True):
-            number = _short(total, unit, size)
-            axes.annotate(number, (place, top), (0, lift), textcoords="offset points", ha="center", fontsize=6, rotation=turn)
-        axes.set_ylim(0, tops.max() * (1.18 if crowded else 1.1))
-        spare = max(0.8, 2.5 - (places[-1] - places[0]) / 2)  # a single bar does not fill the panel
-        axes.set_xlim(places[0] - spare, places[-1] + spare)
-        axes.set_xticks(places, list(lines["patches_per_pass"]), fontsize=6, rotation=turn)
-        axes.tick_params(axis="x", length=0, pad=1.5)
-        axes.grid(False, axis="x")
-        under = axes.secondary_xaxis(location=0)
-        under.set_xticks(list(middles.values()), [f"d = {d:.0f}" for d in middles])
-        under.tick_params(axis="x", length=0, pad=26 if crowded else 11)
-        under.spines["bottom"].set_visible(False)
-        axes.set_ylabel(f"{STEP_NAMES[short]} peak, live tensor bytes ({unit})")
-    handles: list[Any] = []
-    for name in shown:
-        colour, hatch = FILLS[name]
-        handles.append(Patch(facecolor=colour, hatch=hatch, edgecolor=ink(name), linewidth=0.3, label=CATEGORY_NAMES[name]))
-    if frame["measured_peak_bytes"].notna().any():
-        diamond: dict[str, Any] = {"linestyle": "none", "color": "black", "markerfacecolor": "white", "markersize": 3}
-        handles.append(Line2D([], [], marker="D", label=METERS["peak_allocated_bytes"], **diamond))
-    columns = len(handles) if len(drawn) > 1 else 3
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.0)
-    return figure
-
-
-def ink(category: str) -> str:
-    """The colour of edges and hatches that shows on the category's fill."""
-    return "#ffffff" if category in ("parameter", "gradient", "optimizer", "ema") else "#333333"
-
-
-def _short(value: float, unit: str, size: int) -> str:
-    """Three digits at most, for over a bar."""
-    if value < 10 * size:
-        return in_unit(value, unit, size)
-    return f"{value / size:,.{1 if value < 100 * size else 0}f}"
-
-
-def _bar_places(dividers: Sequence[int]) -> tuple[list[float], dict[int, float]]:
-    """A place for each bar, those of a divider beside each other; and the middle of each divider's bars."""
-    places: list[float] = []
-    for i, divider in enumerate(dividers):
-        places.append(0.0 if i == 0 else places[-1] + (1.0 if divider == dividers[i - 1] else 1.6))
-    middles = {}
-    for divider in dict.fromkeys(dividers):
-        own = [place for place, d in zip(places, dividers, strict=True) if d == divider]
-        middles[divider] = sum(own) / len(own)
-    return places, middles
