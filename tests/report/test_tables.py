@@ -154,7 +154,7 @@ def test_energy_is_shown_only_where_the_card_counted_it() -> None:
     ],
 )
 def test_passes_are_named(count: float, batch: int, divider: int, name: str) -> None:
-    assert passes(count, batch, divider) == name
+    assert passes({"patch_batch_size": count, "batch_size": batch, "patch_divider": divider}) == name
 
 
 def test_a_cell_that_was_killed_before_its_first_row_still_has_a_line() -> None:

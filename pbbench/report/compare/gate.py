@@ -41,9 +41,7 @@ def failure(step: StepChange, limit: Fraction | None, shown: str | None) -> str 
         known = [meter for meter in GATED if step.peaks[meter][0] is not None]
         return f"{name}: A has {known[0]}, B does not: nothing shows that it did not grow" if known else None
     a, b = step.peaks[step.gated]
-    assert a is not None
-    assert b is not None
-    if not too_much(a, b, limit):
+    if a is None or b is None or not too_much(a, b, limit):
         return None
     grown = f", {100 * (b - a) / a:+.3g}%" if a else ""
     return f"{name}: {step.gated} {a:,} → {b:,} bytes ({b - a:+,}{grown}; the limit is {shown})"

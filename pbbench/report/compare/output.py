@@ -13,7 +13,7 @@ from pbbench.report.compare.speed import RULE
 from pbbench.report.compare.steps import GATED, StepChange
 from pbbench.report.pages.markdown import markdown_escape, markdown_table
 from pbbench.report.pages.terminal import terminal_table
-from pbbench.report.tables.configurations import METERS, SETTINGS, passes_of
+from pbbench.report.tables.configurations import METERS, SETTINGS, passes
 from pbbench.report.tables.formatting import UNKNOWN, byte_unit, in_unit, number, percent, spaced
 from pbbench.report.tables.layout import Column, Table, settings_columns, subject_columns, text_column
 
@@ -99,7 +99,7 @@ def _peaks(step: StepChange) -> tuple[int | None, int | None]:
 def _settings(steps: list[StepChange]) -> list[Column]:
     """The usual columns, and any other setting that varies."""
     frame = pd.DataFrame([{name: step.settings.get(name) for name in SETTINGS} for step in steps])
-    frame["patches_per_pass"] = [passes_of(step.settings) for step in steps]
+    frame["patches_per_pass"] = [passes(step.settings) for step in steps]
     columns = settings_columns(frame)
     for name in sorted({name for step in steps for name in step.settings} - set(SETTINGS)):
         values = [step.settings.get(name) for step in steps]
@@ -110,13 +110,10 @@ def _settings(steps: list[StepChange]) -> list[Column]:
 
 def _exact_change(step: StepChange, meter: str | None) -> str:
     """A change too small for its percentage is told in bytes: 0% means that not a byte differs."""
-    change = step.change(meter) if meter else None
-    if meter is None or change is None:
+    a, b = step.peaks[meter] if meter else (None, None)
+    if not a or b is None:
         return UNKNOWN
-    a, b = step.peaks[meter]
-    assert a is not None
-    assert b is not None
-    text = percent(change)
+    text = percent(b / a - 1)
     return f"{b - a:+,} B".replace("-", "−") if text == "0%" and a != b else text
 
 

@@ -11,13 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pbbench.records.rows import CATEGORIES
-from pbbench.report.figures.style import (
-    STEP_NAMES,
-    category_fill,
-    category_legend,
-    new_panels,
-    styled,
-)
+from pbbench.report.figures.style import STEP_NAMES, category_fill, category_legend, new_panels, styled
 from pbbench.report.tables.configurations import METERS, STEPS
 from pbbench.report.tables.formatting import byte_unit, in_unit
 

@@ -29,7 +29,6 @@ from pbbench.report.figures.style import (
     WEAK,
     Point,
     new_figure,
-    new_panels,
     place_labels,
     scale_axis,
     styled,
@@ -40,7 +39,6 @@ from pbbench.report.tables.scores import distance_column, sample_counts
 
 DASHED: Any = {"color": STRONG, "linestyle": (0, (4, 2)), "linewidth": 0.8}
 POINT: Any = {"linestyle": "none", "markersize": 5, "markeredgewidth": 0.9}
-HEIGHT = 2.75
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -55,7 +53,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 @dataclass
 class _Panel:
-    """One step's points in one pair of axes; x in ``unit``."""
+    """The points in one pair of axes."""
 
     axes: Axes
     lines: pd.DataFrame
@@ -68,23 +66,25 @@ class _Panel:
         return list(zip(self.xs, self.ys, strict=True))
 
 
-def _panels(frame: pd.DataFrame, values: Mapping[str, str], *, sharey: bool) -> tuple[Figure, list[_Panel]] | None:
-    """A panel per step that has points, with its memory axis; ``values``: step → the column that goes up the y axis."""
+def _panels(frame: pd.DataFrame, columns: Mapping[str, str], *, sharey: bool) -> tuple[Figure, list[_Panel]] | None:
+    """A panel for each pair of columns (x → y) that has points, with its x axis: a step's peak, or the seconds of training."""
     frame = _with_kinds(frame)
-    drawn = {s: frame[frame[f"{s}_peak_bytes"].notna() & frame[column].notna()] for s, column in values.items()}
-    drawn = {s: lines for s, lines in drawn.items() if len(lines)}
+    drawn = {x: frame[frame[x].notna() & frame[y].notna()] for x, y in columns.items() if x in frame}
+    drawn = {x: lines for x, lines in drawn.items() if len(lines)}
     if not drawn:
         return None
-    figure, made = new_panels(len(drawn), HEIGHT, sharey=sharey)
+    alone = len(columns) > 1 == len(drawn)  # the other step failed everywhere
+    figure = new_figure(COLUMN_WIDTH if alone else FULL_WIDTH, 2.75)
     panels = []
-    for axes, (step, lines) in zip(made, drawn.items(), strict=True):
-        unit, size = byte_unit(lines[f"{step}_peak_bytes"])
-        panel = _Panel(axes, lines, list(lines[f"{step}_peak_bytes"] / size), list(lines[values[step]]))
+    for axes, (x, lines) in zip(figure.subplots(1, len(drawn), sharey=sharey, squeeze=False)[0], drawn.items(), strict=True):
+        unit, size = ("s", 1) if x == "train_seconds" else byte_unit(lines[x])
+        step, meter = STEP_NAMES[x.split("_")[0]], METERS[frame.attrs["memory_column"]]
+        panel = _Panel(axes, lines, list(lines[x] / size), list(lines[columns[x]]))
         panels.append(panel)
         scale_axis(axes.xaxis, panel.xs, zero=True)
-        axes.set_xlabel(f"{STEP_NAMES[step]} peak, {METERS[frame.attrs['memory_column']]} ({unit})")
-        if f"{step}_peak_bytes_min" in lines:  # the range over the repeats
-            low, high = (lines[f"{step}_peak_bytes_{end}"] / size for end in ("min", "max"))
+        axes.set_xlabel(f"{step} ({unit})" if x == "train_seconds" else f"{step} peak, {meter} ({unit})")
+        if f"{x}_min" in lines:  # the range over the repeats
+            low, high = (lines[f"{x}_{end}"] / size for end in ("min", "max"))
             axes.hlines(panel.ys, low, high, color=WEAK, linewidth=0.7, zorder=2)
     return figure, panels
 
@@ -151,31 +151,22 @@ def _quality_axis(frame: pd.DataFrame, column: str) -> str:
 def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
     """The trade-off as points, training and sampling side by side, with the configurations no other beats joined and
     bars for the quality figure's 95% intervals, or its range over several trainings, where it has them."""
-    column = distance_column(frame)
-    drawn = _panels(frame, dict.fromkeys(STEPS, column), sharey=True) if column else None
-    return _against_quality(*drawn, frame) if drawn else None
+    return _against_quality(frame, [f"{step}_peak_bytes" for step in STEPS])
 
 
 @styled
 def time_against_quality(frame: pd.DataFrame) -> Figure | None:
     """As ``memory_against_quality``, over the seconds that the training took: what is left to compare at equal memory."""
+    return _against_quality(frame, ["train_seconds"])
+
+
+def _against_quality(frame: pd.DataFrame, costs: Sequence[str]) -> Figure | None:
     column = distance_column(frame)
-    if column is None or "train_seconds" not in frame:
+    drawn = _panels(frame, dict.fromkeys(costs, column), sharey=True) if column else None
+    if column is None or drawn is None:
         return None
-    lines = _with_kinds(frame)
-    lines = lines[lines["train_seconds"].notna() & lines[column].notna()]
-    if not len(lines):
-        return None
-    figure = new_figure(FULL_WIDTH, HEIGHT)
-    panel = _Panel(figure.subplots(), lines, list(lines["train_seconds"]), list(lines[column]))
-    scale_axis(panel.axes.xaxis, panel.xs, zero=True)
-    panel.axes.set_xlabel("training (s)")
-    return _against_quality(figure, [panel], frame)
-
-
-def _against_quality(figure: Figure, panels: Sequence[_Panel], frame: pd.DataFrame) -> Figure:
-    kinds, column = _kinds(panels), distance_column(frame)
-    assert column is not None
+    figure, panels = drawn
+    kinds = _kinds(panels)
     for panel in panels:
         front = pareto(panel.points)
         corners = [panel.points[front[0]]]
@@ -201,7 +192,7 @@ def _against_quality(figure: Figure, panels: Sequence[_Panel], frame: pd.DataFra
 @styled
 def speed_against_memory(frame: pd.DataFrame) -> Figure | None:
     """The trade-off as points: images per second over the peak, a line through the dividers of each way to pass."""
-    drawn = _panels(frame, {step: f"{step}_images_per_second" for step in STEPS}, sharey=False)
+    drawn = _panels(frame, {f"{step}_peak_bytes": f"{step}_images_per_second" for step in STEPS}, sharey=False)
     if drawn is None:
         return None
     figure, panels = drawn

@@ -177,31 +177,20 @@ def place_labels(
         extent = probe.get_window_extent(renderer)
         probe.remove()
         width, height = extent.width + pixel, extent.height
-        chosen: tuple[float, float, bool] | None = None
         tries = [*itertools.product((paths, []), NEAR, ANGLES), *itertools.product((paths, []), FAR, ANGLES)]
         for avoided, reach, angle in tries:
             dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             centre = (x + dx * (reach * pixel + width / 2), y + dy * (reach * pixel + height / 2))
             box = Bbox.from_bounds(centre[0] - width / 2, centre[1] - height / 2, width, height)
-            far = reach >= LEADER_FROM
-            leader = Path([(x, y), centre]) if far else None
+            leader = Path([(x, y), centre]) if reach >= LEADER_FROM else None
             if is_free(box, leader, avoided):
-                chosen = ((centre[0] - x) / pixel, (centre[1] - y) / pixel, far)
-                placed.append(box)
-                leaders += [leader] if leader else []
                 break
-        if chosen is None:  # a crowd that leaves no free place: the legend still tells the point's kind
+        else:  # a crowd that leaves no free place: the legend still tells the point's kind
             continue
+        placed.append(box)
+        leaders += [leader] if leader else []
         thin = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 2.5}
-        axes.annotate(
-            text,
-            point,
-            xytext=chosen[:2],
-            textcoords="offset points",
-            fontsize=size,
-            color="#222222",
-            ha="center",
-            va="center",
-            path_effects=[withStroke(linewidth=1.6, foreground="white")],
-            arrowprops=thin if chosen[2] else None,
-        )
+        offset = ((centre[0] - x) / pixel, (centre[1] - y) / pixel)
+        words: Any = {"xytext": offset, "textcoords": "offset points", "fontsize": size, "color": "#222222"}
+        words["path_effects"] = [withStroke(linewidth=1.6, foreground="white")]
+        axes.annotate(text, point, ha="center", va="center", arrowprops=thin if leader else None, **words)

@@ -25,10 +25,7 @@ READING = (
         "One row of results.csv is one cell (a configuration) × phase × cold or warm × repeat. Cold is the first run in a "
         "fresh process, warm the one after the warm-up. Quality is one row of its own, phase quality, per training.",
     ),
-    (
-        "The divider d",
-        "The image is cut into d × d patches, which one network denoises; d = 1 is the ordinary model.",
-    ),
+    ("The divider d", "The image is cut into d × d patches, which one network denoises; d = 1 is the ordinary model."),
     (
         "Patches a pass",
         "How many patches (image × patch index) go through the network together: all of them; index, one patch index of "
@@ -58,6 +55,17 @@ READING = (
     ),
 )
 
+NOT_FID = {
+    "random_features_frechet_distance": (
+        "a fixed-seed random convolutional network stands in for Inception, whose weights were not at hand. It ranks dividers "
+        "within this run and compares with no published figure"
+    ),
+    "few_images_inception_frechet_distance": (
+        "it is taken with Inception's features, but from too few images for them, which raises it"
+    ),
+    "unverified_inception_frechet_distance": ("the Inception weights were a file whose checksum is not the published one"),
+}
+
 
 def quality_statements(cells: Sequence[CellResult]) -> list[str]:
     """What the quality figures are, and what they rest on."""
@@ -66,23 +74,8 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
         return ["No images were scored in this run: memory and speed only."]
     scores = quality(cells)
     names = quality_names(scores)
-    said = []
-    if not names:
-        said.append("No divider has a quality figure; the table of failures says why.")
-    if "random_features_frechet_distance" in names:
-        said.append(
-            "The Fréchet distance here is not FID: a fixed-seed random convolutional network stands in for Inception, whose "
-            "weights were not at hand. It ranks dividers within this run and compares with no published figure."
-        )
-    if "few_images_inception_frechet_distance" in names:
-        said.append(
-            "The Fréchet distance here is not FID: it is taken with Inception's features, but from too few images for them, "
-            "which raises it."
-        )
-    if "unverified_inception_frechet_distance" in names:
-        said.append(
-            "The Fréchet distance here is not FID: the Inception weights were a file whose checksum is not the published one."
-        )
+    said = [] if names else ["No divider has a quality figure; the table of failures says why."]
+    said += [f"The Fréchet distance here is not FID: {why}." for name, why in NOT_FID.items() if name in names]
     counts = sorted({s["num_images"] for s in scores.values() if "num_images" in s})
     if "frechet_inception_distance" in names and counts and counts[0] < 10_000:
         said.append(f"FID{tag(counts)} lies above what more images would give; compare it only with FID of as many.")
@@ -119,13 +112,9 @@ def meters_used(cells: Sequence[CellResult]) -> list[str]:
 def machine(environment: dict[str, Any]) -> list[tuple[str, str]]:
     """The environment as (name, value) pairs; an unknown value is followed by its reason."""
     reasons = environment.get("reasons") or {}
-    told = []
-    for name, value in environment.items():
-        if name.endswith("_bytes") and isinstance(value, int):
-            told.append((name.removesuffix("_bytes"), format_bytes(value)))
-        elif name != "reasons":
-            told.append((name.removesuffix("_bytes"), _value(value, reasons.get(name))))
-    return told
+    told = {name: _value(value, reasons.get(name)) for name, value in environment.items() if name != "reasons"}
+    told |= {n: format_bytes(v) for n, v in environment.items() if n.endswith("_bytes") and isinstance(v, int)}
+    return [(name.removesuffix("_bytes"), text) for name, text in told.items()]
 
 
 def _value(value: Any, reason: str | None = None) -> str:
@@ -143,9 +132,7 @@ def settings(experiment: dict[str, Any]) -> list[tuple[str, str]]:
     """The experiment, one line per section."""
     alone = {name: value for name, value in experiment.items() if not isinstance(value, dict)}
     sections = {"experiment": alone} | {name: value for name, value in experiment.items() if isinstance(value, dict)}
-    return [
-        (name, ", ".join(f"{k} = {_value(v)}" for k, v in section.items())) for name, section in sections.items() if section
-    ]
+    return [(name, ", ".join(f"{k} = {_value(v)}" for k, v in its.items())) for name, its in sections.items() if its]
 
 
 def headline(cells: Sequence[CellResult], environment: dict[str, Any]) -> list[str]:

@@ -38,17 +38,14 @@ def memory_given(cells: Iterable[CellResult]) -> int | None:
     return next((c.details["equal_memory"] for c in cells if c.details.get("equal_memory") is not None), None)
 
 
-def passes(patch_batch_size: float | None, batch_size: float | None, divider: float | None) -> str:
+def passes(settings: Mapping[str, Any]) -> str:
     """How people name the patches per pass: all, index (one patch index of every image), or the number."""
-    if patch_batch_size is None or math.isnan(patch_batch_size):
+    count, batch_size, divider = (settings.get(name) for name in ("patch_batch_size", "batch_size", "patch_divider"))
+    if count is None or math.isnan(count):
         return "–"
-    if batch_size and divider and patch_batch_size == batch_size * divider**2:
+    if batch_size and divider and count == batch_size * divider**2:
         return "all"
-    return "index" if patch_batch_size == batch_size else f"{patch_batch_size:.0f}"
-
-
-def passes_of(settings: Mapping[str, Any]) -> str:
-    return passes(*(settings.get(name) for name in ("patch_batch_size", "batch_size", "patch_divider")))
+    return "index" if count == batch_size else f"{count:.0f}"
 
 
 def passes_in_words(passes: str) -> str:
@@ -91,7 +88,7 @@ def configurations(cells: Iterable[CellResult]) -> list[tuple[dict[str, Any], li
         return key[0], str(key[1]), key[2] or 0, key[3] or 0, -(key[4] or 0)
 
     named = [(dict(zip(SETTINGS, key, strict=True)), groups[key]) for key in sorted(groups, key=order)]
-    return [(settings | {"patches_per_pass": passes_of(settings)}, members) for settings, members in named]
+    return [(settings | {"patches_per_pass": passes(settings)}, members) for settings, members in named]
 
 
 def name_of(settings: Mapping[str, Any]) -> str:

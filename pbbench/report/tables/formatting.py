@@ -57,6 +57,12 @@ def with_range(show: Callable[[Any], str], value: Any, low: Any = None, high: An
     return show(value) if ends[0] == ends[1] else f"{show(value)} ({ends[0]}–{ends[1]})"
 
 
+def least_to_most(show: Callable[[Any], str], values: Iterable[Any]) -> str:
+    """ "1.2 to 3.4", or the one figure that both are shown as."""
+    known = list(values)
+    return " to ".join(dict.fromkeys((show(min(known)), show(max(known)))))
+
+
 def spaced(name: str) -> str:
     """A status or a phase as words."""
     return name.replace("_", " ")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pbbench.experiment.sizes import format_bytes
 from pbbench.records.cells import CellResult
 from pbbench.report.tables.configurations import finite, memory_given, step_values
-from pbbench.report.tables.formatting import number, whole
+from pbbench.report.tables.formatting import least_to_most, number, whole
 from pbbench.report.tables.scores import trainings
 
 
@@ -21,7 +21,7 @@ def held_equal(cells: Iterable[CellResult]) -> str | None:
     seen = sorted({r.images_seen for c in well for r in c.rows if r.images_seen is not None})
     if not seen:
         return None
-    images = whole(seen[0]) if len(seen) == 1 else f"{whole(seen[0])} to {whole(seen[-1])}"
+    images = least_to_most(whole, seen)
     if any(c.details.get("equal") == "seconds" for c in well):
         return (
             f"Held equal between trainings: the time ({_seconds(well)} each, checkpoints included); they saw {images} images."
@@ -32,24 +32,21 @@ def held_equal(cells: Iterable[CellResult]) -> str | None:
 
 
 def _seconds(trained: Iterable[CellResult]) -> str:
-    seconds = finite(c.details.get("train_seconds") for c in trained)
-    return " to ".join(dict.fromkeys(number(pick(seconds)) for pick in (min, max))) + " s"
+    return least_to_most(number, finite(c.details.get("train_seconds") for c in trained)) + " s"
 
 
 def _equal_memory(cells: list[CellResult], trained: list[CellResult], given: int) -> str:
     """The memory given and what was used of it, by the meter whose prediction was held against it; what the trainings took."""
-    peaks: list[float] = []
-    for meter in ("peak_reserved_bytes", "peak_live_bytes"):
-        peaks = peaks or step_values(cells, "train_step", meter)
-    least_most = " to ".join(dict.fromkeys(format_bytes(int(pick(peaks))) for pick in (min, max))) if peaks else "none"
-    memory = f"{format_bytes(given)} given to a training step; measured peaks {least_most}"
-    seen = sorted({r.images_seen for c in trained for r in c.rows if r.images_seen is not None})
+    meters = ("peak_reserved_bytes", "peak_live_bytes")
+    peaks = next((found for meter in meters if (found := step_values(cells, "train_step", meter))), [])
+    used = least_to_most(format_bytes, peaks) if peaks else "none"
+    memory = f"{format_bytes(given)} given to a training step; measured peaks {used}"
+    seen = {r.images_seen for c in trained for r in c.rows if r.images_seen is not None}
     if not seen:
         return f"Held equal between training steps: the memory ({memory})."
-    images = " to ".join(dict.fromkeys(map(whole, (seen[0], seen[-1]))))
     return (
-        f"Held equal between trainings: the memory ({memory}) and the images ({images} seen each, in the same optimizer "
-        f"batches); they took {_seconds(trained)}."
+        f"Held equal between trainings: the memory ({memory}) and the images ({least_to_most(whole, seen)} seen each, in the "
+        f"same optimizer batches); they took {_seconds(trained)}."
     )
 
 

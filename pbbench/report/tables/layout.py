@@ -58,12 +58,7 @@ def text_column(header: str | tuple[str, ...], texts: Iterable[str], rank: int =
 
 
 def figure_column(
-    header: tuple[str, ...],
-    frame: pd.DataFrame,
-    name: str,
-    show: Callable[[Any], str] = number,
-    rank: int = 0,
-    title: str = "",
+    header: tuple[str, ...], frame: pd.DataFrame, name: str, show: Callable[[Any], str] = number, rank: int = 0, title: str = ""
 ) -> Column:
     """The figures of ``frame[name]``, each with its range where ``*_min`` and ``*_max`` stand beside it."""
     low, high = (f"{name}_{end}" if f"{name}_{end}" in frame else name for end in ("min", "max"))

@@ -24,14 +24,7 @@ from pbbench.report.tables.configurations import (
     step_values,
 )
 from pbbench.report.tables.formatting import UNKNOWN, byte_unit, number, percent, spaced
-from pbbench.report.tables.layout import (
-    Column,
-    Table,
-    bytes_column,
-    settings_columns,
-    table_of_lines,
-    text_column,
-)
+from pbbench.report.tables.layout import Column, Table, bytes_column, settings_columns, table_of_lines, text_column
 
 CATEGORY_NAMES = {
     "parameter": "weights",
@@ -127,10 +120,9 @@ def _gap(held: dict[str, Any], low: str, high: str) -> int | None:
     return held[high] - held[low] if held.get(high) is not None and held.get(low) is not None else None
 
 
-def predictions(cells: Iterable[CellResult]) -> pd.DataFrame:
-    """Predicted and measured peaks of the warm steps, where something was predicted; ``*_error`` is the signed fraction
-    predicted / measured − 1, NaN where nothing was measured. Without torch.cuda's reading, allocated is held against the live
-    tensor bytes that were measured, which lie below it by what the allocator's blocks are larger than the tensors."""
+def predictions_table(cells: Sequence[CellResult]) -> Table | None:
+    """Predicted and measured peaks of the warm steps; None where nothing was predicted. Without torch.cuda's reading, allocated
+    is held against the live tensor bytes, which lie below it by what the allocator's blocks are larger than the tensors."""
     lines = []
     for (settings, members), phase in itertools.product(configurations(cells), STEPS.values()):
         names = [f"{source}_{kind}_bytes" for source in ("predicted", "peak") for kind in ("allocated", "reserved")]
@@ -141,14 +133,9 @@ def predictions(cells: Iterable[CellResult]) -> pd.DataFrame:
         errors = {f"{k}_error": line[f"predicted_{k}_bytes"] / v - 1 if v else math.nan for k, v in known.items()}
         if finite(line[f"predicted_{kind}_bytes"] for kind in known):
             lines.append({**settings, "phase": phase, **line, **errors})
-    return pd.DataFrame(lines)
-
-
-def predictions_table(cells: Sequence[CellResult]) -> Table | None:
-    """Predicted against measured allocator peaks; None where nothing was predicted."""
-    frame = predictions(cells)
-    if frame.empty:
+    if not lines:
         return None
+    frame = pd.DataFrame(lines)
     columns = [*settings_columns(frame), text_column("phase", map(spaced, frame["phase"]))]
     on_gpu = frame["peak_allocated_bytes"].notna().any()
     against = {"allocated": "peak_allocated_bytes" if on_gpu else "peak_live_bytes", "reserved": "peak_reserved_bytes"}

@@ -25,23 +25,8 @@ from pbbench.report.tables.configurations import (
 )
 from pbbench.report.tables.formatting import byte_unit, number, percent, spaced
 from pbbench.report.tables.held_equal import held_equal, trained_from
-from pbbench.report.tables.layout import (
-    Table,
-    bytes_column,
-    figure_column,
-    fixed_settings,
-    settings_columns,
-    text_column,
-)
-from pbbench.report.tables.scores import (
-    distance_column,
-    intervals,
-    quality,
-    quality_names,
-    sample_counts,
-    spreads,
-    subjects,
-)
+from pbbench.report.tables.layout import Table, bytes_column, figure_column, fixed_settings, settings_columns, text_column
+from pbbench.report.tables.scores import distance_column, intervals, quality, quality_names, sample_counts, spreads, subjects
 
 
 def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
