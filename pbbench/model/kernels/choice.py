@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """float64, which is for tests, has aten alone."""
@@ -18,10 +21,12 @@ _asked: list[bool] = []
 
 
 def usable(x: Tensor) -> bool:
-    """Do the operators take this map? Yes for a GPU's where there is Triton, no for a CPU's; the contexts below override it."""
+    """Do the operators take this map? Yes for a GPU's where Triton works, no for a CPU's; the contexts below override it."""
     if x.dtype not in DTYPES:
         return False
-    return _asked[-1] if _asked else x.is_cuda and _triton_is_here()
+    if _asked:
+        return _asked[-1]
+    return x.is_cuda and _triton_is_here() and (isinstance(x, FakeTensor) or _works_on(x.device))
 
 
 @contextmanager
@@ -51,3 +56,22 @@ def _asking(answer: bool) -> Iterator[None]:
 @cache
 def _triton_is_here() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _works_on(device: torch.device) -> bool:
+    """Launches a kernel there once: Triton supports cards from Ampere on, and needs a C compiler to make its launcher."""
+    from pbbench.model.kernels.softmax import softmax_heads
+
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        with _disable_current_modes():
+            softmax_heads(torch.zeros(1, 4, 1, 1, device=device), 4, 1.0)
+    except Exception as error:  # whatever the reason, aten does it too
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        warnings.warn(
+            f"Triton does not work on {device}, so operators are not fused and steps are slower: {reason}", stacklevel=2
+        )
+        return False
+    return True
