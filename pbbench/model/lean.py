@@ -7,8 +7,8 @@ next convolution would keep, is made again when that convolution's backward asks
 copies less at a time.
 
 Shapes: R rows, C channels, hw pixels, G groups. Statistics are float32 (float64 for float64), whatever the maps are; maps of
-16 bits are widened piece by piece, so that no whole map exists in float32. Without gradients the same code runs and keeps
-nothing.
+16 bits are widened piece by piece, so that on a CPU no whole map exists in float32. Without gradients the same code runs and
+keeps nothing. Where ``kernels.usable`` says so, the operators of ``kernels`` take the place of what is written here in aten.
 """
 
 from __future__ import annotations
@@ -23,29 +23,84 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from pbbench.model import kernels
+
 PIECE = 2**19
-"""Elements of a 16-bit map that are float32 at one time: 2 MiB."""
+"""Elements of a 16-bit map that are float32 at one time on a CPU, whose caches hold them: 2 MiB."""
+CUDA_PIECE = 2**26
+"""The same on a GPU, where every piece is launched anew: 256 MiB, all of a map but a huge one."""
 
 
 def norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """SiLU(norm(x) · (scale + 1) + shift), norm(x) = (x − mean) / sqrt(var + eps) · weight + bias over each row's groups.
+    """SiLU(norm(x) · (scale + 1) + shift) [+ residual], norm(x) = (x − mean) / sqrt(var + eps) · weight + bias over each row's
+    groups.
 
-    x: R C h w; weight, bias: C; scale, shift: R C, or None for plain SiLU(norm(x)). Returns R C h w in the dtype of x.
+    x, residual: R C h w; weight, bias: C; scale, shift: R C, or None for plain SiLU(norm(x)). Returns R C h w in x's dtype.
     """
-    return _NormSiLU.apply(x, weight, bias, scale, shift, groups, eps)
+    if kernels.usable(x):
+        return _NormSiLU.apply(x, weight, bias, scale, shift, groups, eps, residual)
+    y = _NormSiLU.apply(x, weight, bias, scale, shift, groups, eps, None)
+    return y if residual is None else y.add_(residual)  # in place: nothing keeps y
 
 
-def channel_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-5, *, overwrite: bool = False) -> Tensor:
-    """(x − mean) / sqrt(var + eps) · scale + shift, mean and biased variance over the channels of each pixel.
+def channel_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float = 1e-5,
+    *,
+    overwrite: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """(x − mean) / sqrt(var + eps) · scale + shift [+ residual], mean and biased variance over the channels of each pixel.
 
-    x: R C h w; scale, shift: 1 C 1 1. Returns R C h w in the dtype of x. ``overwrite``: x has no other reader, so its storage
-    may take the result (it does where no gradient is recorded).
+    x, residual: R C h w; scale, shift: 1 C 1 1. Returns R C h w in the dtype of x. ``overwrite``: x has no other reader, so its
+    storage may take the result (it does where no gradient is recorded).
     """
+    if kernels.usable(x):
+        if torch.is_grad_enabled() or not overwrite:
+            return _ChannelNorm.apply(x, scale, shift, eps, residual)
+        kernels.channel_norm_(x, scale, shift, residual, eps)
+        return x
     if torch.is_grad_enabled():
-        return _ChannelNorm.apply(x, scale, shift, eps)
-    return _channel_norm(x, scale, shift, eps, overwrite=overwrite)[0]
+        y = _ChannelNorm.apply(x, scale, shift, eps, None)
+    else:
+        y = _channel_norm(x, scale, shift, eps, overwrite=overwrite)[0]
+    return y if residual is None else y.add_(residual)
+
+
+def softmax_pixels(x: Tensor, *, overwrite: bool = False) -> Tensor:
+    """Softmax over the pixels of every channel of x, R K h w. ``overwrite`` as above."""
+    if kernels.usable(x):
+        if torch.is_grad_enabled() or not overwrite:
+            return _SoftmaxPixels.apply(x)
+        kernels.softmax_pixels_(x)
+        return x
+    return _softmax(x.flatten(2), 2, overwrite).view(x.shape)
+
+
+def softmax_heads(x: Tensor, width: int, *, overwrite: bool = False, factor: float = 1.0) -> Tensor:
+    """Softmax over each ``width`` channels of every pixel of x, R K h w, times ``factor``. ``overwrite`` as above."""
+    if kernels.usable(x):
+        if torch.is_grad_enabled() or not overwrite:
+            return _SoftmaxHeads.apply(x, width, factor)
+        kernels.softmax_heads_(x, width, factor)
+        return x
+    y = _softmax(x.unflatten(1, (-1, width)), 2, overwrite).view(x.shape)
+    return y if factor == 1 else y * factor
+
+
+def _softmax(x: Tensor, dim: int, overwrite: bool) -> Tensor:
+    return torch.softmax(x, dim, out=x) if overwrite and not torch.is_grad_enabled() else x.softmax(dim)
 
 
 def recomputed(y: Tensor) -> AbstractContextManager[Any]:
@@ -86,17 +141,34 @@ class _NormSiLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, groups: int, eps: float) -> Tensor:
-        x = x.contiguous()
-        ctx.groups, ctx.eps = x.shape[0] * groups, eps
-        y, mean, rstd = _norm_silu(x, *_gain_and_offset(x, weight, bias, scale, shift), ctx.groups, eps)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        groups: int,
+        eps: float,
+        residual: Tensor | None,
+    ) -> Tensor:
+        ctx.fused = kernels.usable(x)
+        if ctx.fused:
+            ctx.groups = groups
+            y, mean, rstd = kernels.norm_silu(x, weight, bias, scale, shift, residual, groups, eps)
+        else:
+            x = x.contiguous()
+            ctx.groups, ctx.eps = x.shape[0] * groups, eps
+            y, mean, rstd = _norm_silu(x, *_gain_and_offset(x, weight, bias, scale, shift), ctx.groups, eps)
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
         return y
 
     @staticmethod
     def result(ctx: Any) -> Tensor:
-        """The forward's result, made again."""
+        """The forward's result (without a residual), made again."""
         ctx.unpacked = ctx.saved_tensors  # within a checkpoint they can be unpacked once; backward takes them from here
+        if ctx.fused:
+            return kernels.norm_silu_again(*ctx.unpacked, ctx.groups)
         x = ctx.unpacked[0]
         return _norm_silu(x, *_gain_and_offset(*ctx.unpacked[:5]), ctx.groups, ctx.eps)[0]
 
@@ -105,9 +177,13 @@ class _NormSiLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         saved = ctx.__dict__.pop("unpacked", None) or ctx.saved_tensors
         x, weight, bias, scale, shift, mean, rstd = saved
+        if ctx.fused:
+            dx, dweight, dbias, dmodulation = kernels.norm_silu_backward(dy, *saved, ctx.groups)
+            modulation = (None, None) if scale is None else dmodulation.chunk(2, 1)
+            return dx, dweight, dbias, *modulation, None, None, dy if ctx.needs_input_grad[7] else None
         gain, offset = _gain_and_offset(x, weight, bias, scale, shift)
         hw, dy = x[0, 0].numel(), dy.contiguous()
-        dx: Tensor | None = None
+        dx = None
         dgain, doffset = torch.empty_like(gain), torch.empty_like(offset)
         for part, g, c in _group_pieces(x, ctx.groups):
             n = g.stop - g.start
@@ -120,10 +196,11 @@ class _NormSiLU(torch.autograd.Function):
             dx = _place_channels(dx, d, x, c)
         dgain, doffset = dgain.view(x.shape[:2]), doffset.view(x.shape[:2])  # R C
         if scale is None:
-            return dx, dgain.sum(0).to(weight.dtype), doffset.sum(0).to(bias.dtype), None, None, None, None
+            return dx, dgain.sum(0).to(weight.dtype), doffset.sum(0).to(bias.dtype), *[None] * 5
         dscale = torch.addcmul(dgain * weight, doffset, bias)
         dweight, dbias = (dgain * (scale + 1)).sum(0), (doffset * (scale + 1)).sum(0)
-        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale.to(scale.dtype), doffset.to(scale.dtype), None, None
+        dmodulation = dscale.to(scale.dtype), doffset.to(scale.dtype)
+        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), *dmodulation, None, None, None
 
 
 def _gain_and_offset(
@@ -149,6 +226,11 @@ def _norm_silu(x: Tensor, gain: Tensor, offset: Tensor, groups: int, eps: float)
     return y, mean, rstd
 
 
+def _piece(x: Tensor) -> int:
+    """How many elements of the map x may be float32 at one time."""
+    return CUDA_PIECE if x.is_cuda else PIECE
+
+
 def _group_pieces(x: Tensor, groups: int) -> Iterator[tuple[Tensor, slice, slice]]:
     """The map x (R C h w) in pieces of whole groups: (1 × channels × hw, its groups, its channels of R·C).
 
@@ -156,7 +238,7 @@ def _group_pieces(x: Tensor, groups: int) -> Iterator[tuple[Tensor, slice, slice
     """
     flat = x.view(1, x.shape[0] * x.shape[1], -1)
     channels = flat.shape[1] // groups
-    step = groups if wide(x.dtype) == x.dtype else max(1, PIECE // (channels * flat.shape[2]))
+    step = groups if wide(x.dtype) == x.dtype else max(1, _piece(x) // (channels * flat.shape[2]))
     for start in range(0, groups, step):
         g = slice(start, min(start + step, groups))
         c = slice(g.start * channels, g.stop * channels)
@@ -179,15 +261,23 @@ class _ChannelNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+        ctx.fused, ctx.eps = kernels.usable(x), eps
+        if ctx.fused:
+            ctx.save_for_backward(x, scale)
+            return kernels.channel_norm(x, scale, shift, residual, eps)
         y, mean, rstd = _channel_norm(x, scale, shift, eps, overwrite=False)
-        ctx.save_for_backward(x, mean, rstd, scale)
+        ctx.save_for_backward(x, scale, mean, rstd)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, mean, rstd, scale = ctx.saved_tensors
+        if ctx.fused:
+            x, scale = ctx.saved_tensors
+            gradients = kernels.channel_norm_backward(dy, x, scale, ctx.eps)
+            return *gradients, None, dy if ctx.needs_input_grad[4] else None
+        x, scale, mean, rstd = ctx.saved_tensors
         gain = scale.to(mean.dtype)  # 1 C 1 1
         over_channels = gain.flatten(1)[:, None] / gain.numel()  # 1 1 C: over_channels @ y = mean(scale · y)
         dscale, dshift = torch.zeros_like(gain), torch.zeros_like(gain)
@@ -203,7 +293,7 @@ class _ChannelNorm(torch.autograd.Function):
             torch.addcmul(mean_d, n, mean_p, out=n)
             torch.mul(d, gain, out=p).sub_(n).mul_(rstd[at])
             dx = _place(dx, p, x, at)
-        return dx, dscale.to(scale.dtype), dshift.to(scale.dtype), None
+        return dx, dscale.to(scale.dtype), dshift.to(scale.dtype), None, None
 
 
 def _channel_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,8 +317,8 @@ def _pixel_pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Where the pieces of x (R C h w) lie: rows, channels (all), lines. One piece, unless x is of 16 bits."""
     R, C, h, w = x.shape
     whole = wide(x.dtype) == x.dtype
-    lines = h if whole else min(h, max(1, PIECE // (C * w)))
-    rows = R if whole else max(1, PIECE // (C * lines * w))
+    lines = h if whole else min(h, max(1, _piece(x) // (C * w)))
+    rows = R if whole else max(1, _piece(x) // (C * lines * w))
     for r in range(0, R, rows):
         for line in range(0, h, lines):
             yield slice(r, min(r + rows, R)), slice(None), slice(line, min(line + lines, h))
@@ -241,6 +331,33 @@ def _place(whole: Tensor | None, part: Tensor, like: Tensor, at: tuple[slice, sl
     whole = torch.empty_like(like) if whole is None else whole
     whole[at] = part
     return whole
+
+
+class _SoftmaxPixels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = kernels.softmax_pixels(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return kernels.softmax_pixels_backward(dy, *ctx.saved_tensors)
+
+
+class _SoftmaxHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, width: int, factor: float) -> Tensor:
+        ctx.width, ctx.factor = width, factor
+        y = kernels.softmax_heads(x, width, factor)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return kernels.softmax_heads_backward(dy, *ctx.saved_tensors, ctx.width, ctx.factor), None, None
 
 
 class Convolution(nn.Conv2d):
