@@ -89,8 +89,9 @@ class SelfAttention(nn.Module):
         """Ordinary softmax attention."""
         R, _, h, w = x.shape
         qkv = self.qkv(self.norm(x)).view(R, 3, HEADS, HEAD_WIDTH, h * w)
-        # The fused kernels need the last dimension (32) contiguous; one copy for all three.
-        qkv = qkv.transpose(-2, -1).contiguous()  # R 3 heads h·w 32
+        # The fused kernels need the last dimension (32) contiguous and the other strides aligned; one copy for all three. Not
+        # contiguous(), which leaves a map of one pixel as it is, with strides of 1 that CUDA's kernels refuse.
+        qkv = qkv.transpose(-2, -1).clone(memory_format=torch.contiguous_format)  # R 3 heads h·w 32
         read = F.scaled_dot_product_attention(*qkv.unbind(1))  # scale 32^−0.5 is its default
         return self.out(read.transpose(-2, -1).reshape(R, HEADS * HEAD_WIDTH, h, w))
 
