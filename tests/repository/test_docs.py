@@ -53,7 +53,7 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_paths_are_found_and_patterns_are_not():
-    text = "see `tests/memory/test_host.py::test_x`, [x](pbbench/cli) and tests/<room>/, results/x, /work/docs/x, pbbench/*/x."
+    text = "see `tests/memory/test_host.py::test_x`, [x](pbbench/cli) and tests/<room>/, results/x, /srv/docs/x, pbbench/*/x."
     assert paths_in(text) == {"tests/memory/test_host.py", "pbbench/cli"}
 
 
