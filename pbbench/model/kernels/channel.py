@@ -49,7 +49,7 @@ def channel_norm_backward(dy: Tensor, x: Tensor, scale: Tensor, eps: float) -> t
 
     (dx, dx_lies), (x, x_lies), (dy, dy_lies) = evenly_spaced(result(x)), evenly_spaced(x), evenly_spaced(dy)
     (R, C), hw, scale = x.shape[:2], x[0, 0].numel(), scale.contiguous()
-    block, pixels = _tile(x, maps=2)
+    block, pixels = _tile(x, x_lies, maps=2)
     count = ceil_div(R * hw, pixels)
     each = ceil_div(count, tiles.PROGRAMS)  # tiles, so that the sums per channel are few, and always the same
     total = ceil_div(count, each)
@@ -72,13 +72,17 @@ def _forward(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, residual: Tenso
     (x, x_lies), (y, y_lies) = evenly_spaced(x), evenly_spaced(y)
     more, more_lies = (None, Lies(0, 0, 0)) if residual is None else evenly_spaced(residual)
     R, C, hw = *x.shape[:2], x[0, 0].numel()
-    block, pixels = _tile(x, maps=1)
+    block, pixels = _tile(x, x_lies, maps=1)
     maps, steps = (x, y, more, scale.contiguous(), shift.contiguous()), (*x_lies, *y_lies, *more_lies)
     total = ceil_div(R * hw, pixels)
     launch(programs.forward, total, x, *maps, *steps, R, C, hw, eps, elements=block * pixels, CHANNELS=block, PIXELS=pixels)
 
 
-def _tile(x: Tensor, maps: int) -> tuple[int, int]:
-    """Channels, all of them, × pixels of a tile, where so many maps are read; at least 8, or half sectors were read."""
-    channels = power_of_two(x.shape[1])
-    return channels, min(power_of_two(x[:, 0].numel()), max(8, tiles.TILE // maps // channels))
+def _tile(x: Tensor, x_lies: Lies, maps: int) -> tuple[int, int]:
+    """Channels, all of them, × pixels of a tile, where so many maps are read.
+
+    Where the pixels of a channel are neighbours in memory, 8 of them at least: of fewer, only half a sector would be read.
+    """
+    channels, pixels = power_of_two(x.shape[1]), x[0, 0].numel()
+    least = 8 if x_lies.channel != 1 and pixels % 8 == 0 else 1
+    return channels, min(power_of_two(x.shape[0] * pixels), max(least, tiles.TILE // maps // channels))

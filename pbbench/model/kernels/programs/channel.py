@@ -6,7 +6,7 @@ A tile is all channels × some pixels; pixels are counted through all rows, so t
 import triton
 import triton.language as tl
 
-from pbbench.model.kernels.programs.places import in_rows
+from pbbench.model.kernels.programs.places import COUNTS, in_rows
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _normal(v, inside, channels, eps):
     return d * rstd[None, :], rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward(
     x, y, residual, scale, shift, x_row, x_channel, x_pixel, y_row, y_channel, y_pixel,
     residual_row, residual_channel, residual_pixel, rows, channels, pixels, eps,
@@ -39,7 +39,7 @@ def forward(
     tl.store(y + in_rows(p, pixels, c, y_row, y_channel, y_pixel), out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward(
     dy, x, dx, scale, dscale, dshift, dy_row, dy_channel, dy_pixel, x_row, x_channel, x_pixel, dx_row, dx_channel, dx_pixel,
     rows, channels, pixels, tiles, eps, CHANNELS: tl.constexpr, PIXELS: tl.constexpr,

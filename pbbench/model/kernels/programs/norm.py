@@ -8,7 +8,7 @@ part ``forward`` and ``backward`` see all of it; else ``statistics`` and ``sums`
 import triton
 import triton.language as tl
 
-from pbbench.model.kernels.programs.places import in_row
+from pbbench.model.kernels.programs.places import COUNTS, in_row
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _silu_backward(v, dy, mean, rstd, gain, offset):
     return normal, dy * s * (1.0 + z * (1.0 - s))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward(
     x, y, residual, weight, bias, scale, shift, mean, rstd,
     x_row, x_channel, x_pixel, y_row, y_channel, y_pixel, residual_row, residual_channel, residual_pixel,
@@ -65,7 +65,7 @@ def forward(
     tl.store(y + in_row(row, channel, p, y_row, y_channel, y_pixel), out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def statistics(
     x, part_mean, part_m2, x_row, x_channel, x_pixel, groups, channels, pixels, parts, spans, span,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
@@ -114,7 +114,7 @@ def _combined(
     return mean, 1.0 / tl.sqrt_rn(m2 / (channels * pixels) + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def apply(
     x, y, residual, weight, bias, scale, shift, mean, rstd, part_mean, part_m2,
     x_row, x_channel, x_pixel, y_row, y_channel, y_pixel, residual_row, residual_channel, residual_pixel,
@@ -149,7 +149,7 @@ def apply(
         tl.store(y + in_row(row, channel, p, y_row, y_channel, y_pixel), out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward(
     dy, x, dx, weight, bias, scale, shift, mean, rstd, dgain, doffset,
     dy_row, dy_channel, dy_pixel, x_row, x_channel, x_pixel, dx_row, dx_channel, dx_pixel,
@@ -180,7 +180,7 @@ def backward(
     tl.store(dx + in_row(row, channel, p, dx_row, dx_channel, dx_pixel), out.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sums(
     dy, x, weight, bias, scale, shift, mean, rstd, dgain, doffset, part_along, part_level,
     dy_row, dy_channel, dy_pixel, x_row, x_channel, x_pixel,
@@ -215,7 +215,7 @@ def sums(
     tl.store(part_level + program, tl.sum(of_offset * gain))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def apply_backward(
     dy, x, dx, weight, bias, scale, shift, mean, rstd, part_along, part_level,
     dy_row, dy_channel, dy_pixel, x_row, x_channel, x_pixel, dx_row, dx_channel, dx_pixel,
@@ -246,7 +246,7 @@ def apply_backward(
         tl.store(dx + in_row(row, channel, p, dx_row, dx_channel, dx_pixel), out.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def parameters(
     dgain, doffset, weight, bias, scale, dweight, dbias, dmodulation, scale_step, rows, spans, channels,
     ROWS: tl.constexpr, SPANS: tl.constexpr, CHANNELS: tl.constexpr,

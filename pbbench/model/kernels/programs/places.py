@@ -1,7 +1,13 @@
-"""Where the elements of a tile lie from their map's beginning. Rows may lie more than 2^31 elements apart; one spans fewer."""
+"""What the kernels share: where the elements of a tile lie from their map's beginning, and what is not compiled for.
+
+Rows may lie more than 2^31 elements apart; one spans fewer.
+"""
 
 import triton
 import triton.language as tl
+
+COUNTS = ["groups", "parts", "spans", "channel_parts", "rows", "heads", "tiles", "scale_step", "shift_step"]
+"""Arguments of which Triton need not know whether they are 1 or multiples of 16: each answer would be a version to compile."""
 
 
 @triton.jit

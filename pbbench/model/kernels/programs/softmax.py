@@ -8,7 +8,7 @@ begin by combining those. Over the channels of a head: a tile is one head × som
 import triton
 import triton.language as tl
 
-from pbbench.model.kernels.programs.places import in_row, in_rows
+from pbbench.model.kernels.programs.places import COUNTS, in_row, in_rows
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _logits(x, at, c, channels, p, pixels):
     return tl.where((p < pixels)[None, :], v, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward(
     x, y, x_row, x_channel, x_pixel, y_row, y_channel, y_pixel, channels, pixels, channel_parts,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
@@ -34,7 +34,7 @@ def forward(
     tl.store(y + in_row(row, c, p, y_row, y_channel, y_pixel), out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def peaks(
     x, part_peak, part_total, x_row, x_channel, x_pixel, channels, pixels, channel_parts, spans, span,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
@@ -57,7 +57,7 @@ def peaks(
     tl.store(part_total + at, total, mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def apply(
     x, y, part_peak, part_total, x_row, x_channel, x_pixel, y_row, y_channel, y_pixel,
     channels, pixels, channel_parts, spans, span,
@@ -83,7 +83,7 @@ def apply(
         tl.store(y + in_row(row, c, p, y_row, y_channel, y_pixel), out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward(
     dy, y, dx, dy_row, dy_channel, dy_pixel, y_row, y_channel, y_pixel, dx_row, dx_channel, dx_pixel,
     channels, pixels, channel_parts,
@@ -99,7 +99,7 @@ def backward(
     tl.store(dx + in_row(row, c, p, dx_row, dx_channel, dx_pixel), out.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def products(
     dy, y, part_total, dy_row, dy_channel, dy_pixel, y_row, y_channel, y_pixel,
     channels, pixels, channel_parts, spans, span,
@@ -120,7 +120,7 @@ def products(
     tl.store(part_total + (row * spans + part % spans) * channels + c, total, mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def apply_backward(
     dy, y, dx, part_total, dy_row, dy_channel, dy_pixel, y_row, y_channel, y_pixel, dx_row, dx_channel, dx_pixel,
     channels, pixels, channel_parts, spans, span,
@@ -143,7 +143,7 @@ def apply_backward(
         tl.store(dx + in_row(row, c, p, dx_row, dx_channel, dx_pixel), out.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def heads_forward(
     x, y, x_row, x_channel, x_pixel, y_row, y_channel, y_pixel, rows, heads, width, pixels, factor,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
@@ -160,7 +160,7 @@ def heads_forward(
     tl.store(y + in_rows(p, pixels, channel, y_row, y_channel, y_pixel), out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def heads_backward(
     dy, y, dx, dy_row, dy_channel, dy_pixel, y_row, y_channel, y_pixel, dx_row, dx_channel, dx_pixel,
     rows, heads, width, pixels, factor,
