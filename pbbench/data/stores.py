@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 Indices = NDArray[np.int64]
 
 
-class Store:
+class Store(ABC):
     """What ``ImageSet`` asks of all of them. ``in_memory``: reading is free; ``skipped``: unreadable files, as far as known."""
 
     def __init__(
@@ -47,16 +48,17 @@ class Store:
     def __len__(self) -> int:
         return self._count
 
+    @abstractmethod
     def read(self, indices: Indices, first: int, count: int) -> torch.Tensor:
         """uint8 (N, 3, H, W): the images of these numbers, counted from ``first``, in a part of ``count``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, count: int) -> str:
-        raise NotImplementedError
+        """The set in words."""
 
+    @abstractmethod
     def identity(self, first: int, count: int) -> Iterable[object]:
         """The facts that a fingerprint is made of."""
-        raise NotImplementedError
 
     def checksums(self, first: int, count: int) -> list[int]:
         """Of the files behind a set whose ``identity`` knows less than all of them; none where it does."""
