@@ -72,6 +72,9 @@ def test_never_above_the_reference(published):
     for row in compared:
         limit = row["reference_one_patch_bytes" if row["passes"] == "index" else "reference_stacked_bytes"]
         assert row["peak_bytes"] <= limit, row
+        if row["step"] == "sample":
+            theirs = limit - row["weights_bytes"] - row["inputs_bytes"]
+            assert row["activations_bytes"] - row["inputs_bytes"] < 0.4 * theirs, row
 
 
 def test_the_table_for_people_is_that_of_the_bytes(published):
