@@ -255,8 +255,8 @@ class QualityConfig(Section):
     more passes of the extractor an image)."""
     num_images: Annotated[int, Field(ge=2)] = 10_000
     """Samples drawn and scored per divider."""
-    num_reference_images: Annotated[int, Field(ge=2)] | None = None
-    """Images of the data that samples are compared with; absent: all of them."""
+    num_reference_images: Annotated[int, Field(ge=2)] = 50_000
+    """Training images that samples are compared with, at most."""
     kid_subset_size: Positive = 1000
     """Images per subset of the kernel distance; clipped to the smaller set."""
     save_samples: bool = False

@@ -7,7 +7,7 @@ in ``records.quality_names``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class Distances:
     """What a reader has to know of them."""
     few_frechet: str | None = None
     """The Frechet distance of no more images than features; None: the same name."""
+    precision: str = "precision"
+    recall: str = "recall"
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ EXTRACTORS = {
                 "unverified_inception_frechet_distance",
                 "unverified_inception_kernel_distance",
                 note="the weights are not the published Inception weights: this is not FID",
+                precision="unverified_inception_precision",
+                recall="unverified_inception_recall",
             ),
         },
     ),
@@ -93,6 +97,8 @@ EXTRACTORS = {
                 "random_features_frechet_distance",
                 "random_features_kernel_distance",
                 note="random features, not FID: compare only figures of this extractor, image size and number of images",
+                precision="random_features_precision",
+                recall="random_features_recall",
             )
         },
         smallest=8,
@@ -106,14 +112,14 @@ def build_extractor(name: str, weights: Weights | None, device: torch.device | s
     return EXTRACTORS[name].build(weights, torch.device(device))
 
 
-def metric_names(kind: str, num_rows: int, num_features: int, of: str = "images") -> tuple[str, str, list[str]]:
-    """(name of the Frechet distance, name of the kernel distance without ``_mean``, notes for the reader).
+def metric_names(kind: str, num_rows: int, num_features: int, of: str = "images") -> tuple[Distances, list[str]]:
+    """(the names for so many images or patches, notes for the reader).
 
-    ``num_rows`` counts the smaller set's images or patches. With no more of them than features their covariance is singular and
-    the Frechet distance biased upward, so it is not called FID; the kernel distance is unbiased at any number.
+    ``num_rows`` counts the smaller set's. With no more of them than features their covariance is singular and the Frechet
+    distance biased upward, so it is not called FID; the kernel distance is unbiased at any number.
     """
     names, few = DISTANCES[kind], num_rows <= num_features
     notes = [f"{num_rows} {of} for {num_features} features: the Frechet distance is biased upward"] if few else []
     notes += [names.note] if names.note else []
     frechet = (few and names.few_frechet) or names.frechet
-    return frechet.replace("frechet", "patch_frechet") if of == "patches" else frechet, names.kernel, notes
+    return replace(names, frechet=frechet.replace("frechet", "patch_frechet") if of == "patches" else frechet), notes

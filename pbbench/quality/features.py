@@ -1,5 +1,5 @@
-"""From images to features: an extractor run once over a set, on whole images and on patches of them, and the reference's
-features kept between scores.
+"""From images to features: an extractor run once over a set, on whole images and on patches of them, and the features of real
+images kept between scores.
 
 Images go from memory straight into the network; no file lies between sampling and scoring. Several processes share them out by
 whole batches, the batches that one process would make, so that not even the rounding depends on their number.
@@ -115,9 +115,10 @@ def extract(
     return {cut: processes.gather(torch.cat(parts)) for cut, parts in found.items()}
 
 
-def extract_reference(
+def extract_cached(
     extractor: Extractor,
     images: Images,
+    name: str,
     shape: tuple[int, int, int],
     cuts: Sequence[Cut],
     batch_size: int,
@@ -125,14 +126,15 @@ def extract_reference(
     progress: Progress | None,
     processes: Processes,
 ) -> dict[str, Tensor]:
-    """As ``extract``; with a ``cache`` folder only what it does not hold is computed, and then stored there. The first process
-    alone reads and writes it, and the others compute with it what it lacks."""
+    """As ``extract``; with a ``cache`` folder only what it does not hold is computed, and then stored there: of sets that say
+    what they hold, such as the reference images. The first process alone reads and writes it, and the others compute with it
+    what it lacks."""
     cache = cache if processes.rank == 0 else None
     settings = {"extractor": extractor.identity, "device": extractor.device.type, "batch_size": batch_size}
     keys = {cut: feature_key(images, shape, {"cut": cut.name, **settings}) if cache else None for cut in cuts}
     kept = {cut: load_features(cache, key) if cache and key else None for cut, key in keys.items()}
     absent = [cut for cut in cuts if processes.any_of_all(processes.rank == 0 and kept[cut] is None)]
-    found = extract(extractor, images, "reference images", absent, batch_size, progress, processes)
+    found = extract(extractor, images, name, absent, batch_size, progress, processes)
     for cut in absent:
         if cache and (key := keys[cut]):
             with contextlib.suppress(StorageError):  # a full disk costs the next score time, not this one its figures

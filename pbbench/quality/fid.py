@@ -23,8 +23,8 @@ from torch import Tensor
 from pbbench.errors import InputError
 from pbbench.processes import Processes
 from pbbench.quality.batches import Images, check_pair
-from pbbench.quality.extractors import EXTRACTORS, build_extractor, metric_names
-from pbbench.quality.features import PATCHES_PER_IMAGE, SMALLEST, WHOLE, Progress, extract, extract_reference, patch_cut
+from pbbench.quality.extractors import EXTRACTORS, Distances, build_extractor, metric_names
+from pbbench.quality.features import PATCHES_PER_IMAGE, SMALLEST, WHOLE, Progress, extract_cached, patch_cut
 from pbbench.quality.intervals import FEWEST, TOO_FEW, frechet_left_out, interval, kernel_left_out, random_groups
 from pbbench.quality.weights import MissingWeightsError, Weights, resolve_inception_weights
 
@@ -62,10 +62,12 @@ def score(
     """Compare two sets of uint8 C, H, W images (C = 3, or 1, which is repeated) of one size.
 
     Returns the distances under honest names (``metric_names``), each with its 95% interval [low, high] as ``NAME_interval``,
-    ``precision`` and ``recall`` where asked for, and beside them ``extractor``, ``num_images``, ``num_reference_images``,
-    ``seed`` (of KID's subsets and the intervals' groups), ``kid_subset_size`` (clipped to the smaller set), ``num_patches``
-    and ``patches`` (how they were cut), ``reasons`` (name → why it is None) and ``notes`` (for the reader). ``weights`` None:
-    they are resolved. ``cache`` is a folder that keeps the reference's features. ``processes``: they share the images out and
+    precision and recall (of other features than the published Inception's under other names, too) where asked for, and beside
+    them ``extractor``, ``num_images``, ``num_reference_images``, ``seed`` (of KID's subsets and the intervals' groups),
+    ``kid_subset_size`` (clipped to the smaller set), ``num_patches`` and ``patches`` (how they were cut), ``left_out`` (name →
+    the distance without each group of samples, see ``intervals``), ``reasons`` (name → why it is None) and ``notes`` (for the
+    reader). ``weights`` None: they are resolved. ``cache`` is a folder that keeps the features of sets that say what they hold
+    (``content_fingerprint``). ``processes``: they share the images out and
     all call this with the same; the first returns the figures, the others {}. Raises InputError for sets that cannot be
     compared, unknown metrics, and weights that are absent or foreign.
     """
@@ -83,21 +85,24 @@ def score(
     possible = {"images": WHOLE, "patches": patch_cut(*shape[1:])}
     wanted = {of: cut for of, cut in possible.items() if any(METRICS[metric].of == of for metric in metrics)}
     cuts = [cut for cut in wanted.values() if cut]
-    of_samples = extract(built, samples, "samples", cuts, batch_size, progress, processes)
-    of_reference = extract_reference(built, reference, shape, cuts, batch_size, cache, progress, processes)
+    of_samples, of_reference = (
+        extract_cached(built, images, name, shape, cuts, batch_size, cache, progress, processes)
+        for images, name in ((samples, "samples"), (reference, "reference images"))
+    )
     if processes.rank > 0:
         return {}
 
     found, groups = Found(), random_groups(len(samples), seed)
     for of, cut in wanted.items():
         rows = cut.rows if cut else PATCHES_PER_IMAGE
-        frechet, kernel, notes = metric_names(built.kind, rows * min(len(samples), len(reference)), built.num_features, of)
+        names, notes = metric_names(built.kind, rows * min(len(samples), len(reference)), built.num_features, of)
         found.notes += [note for note in notes if note not in found.notes]
         if cut is None:
-            found.values[frechet], found.reasons[frechet] = None, f"patches would be smaller than {SMALLEST}×{SMALLEST} pixels"
+            why = f"patches would be smaller than {SMALLEST}×{SMALLEST} pixels"
+            found.values[names.frechet], found.reasons[names.frechet] = None, why
             continue
         features = of_samples[cut.name], of_reference[cut.name]
-        pair = Pair(*features, groups.repeat_interleave(rows), frechet, kernel, kid_subset_size, seed)
+        pair = Pair(*features, groups.repeat_interleave(rows), names, kid_subset_size, seed)
         for name, metric in METRICS.items():
             if name in metrics and metric.of == of:
                 metric.add(found, pair)
@@ -108,6 +113,7 @@ def score(
         "num_images": len(samples),
         "num_reference_images": len(reference),
         "seed": seed,
+        "left_out": found.left_out,
         "reasons": found.reasons,
         "notes": found.notes,
     }
@@ -121,9 +127,7 @@ class Pair:
     reference: Tensor
     groups: Tensor
     """The group of each row of the samples, for the intervals."""
-    frechet: str
-    kernel: str
-    """The names of the distances."""
+    names: Distances
     kid_subset_size: int
     seed: int
 
@@ -133,12 +137,13 @@ class Found:
     """Figures as they are found, with the reasons for those that are None."""
 
     values: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, list[float]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def add_frechet(found: Found, pair: Pair) -> None:
-    name = pair.frechet
+    name = pair.names.frechet
     found.values[name] = distance = _frechet(pair.samples, pair.reference)
     found.values[f"{name}_interval"] = None
     if distance is None:
@@ -147,12 +152,14 @@ def add_frechet(found: Found, pair: Pair) -> None:
     elif len(pair.groups) < FEWEST:
         found.reasons[f"{name}_interval"] = TOO_FEW
     else:
-        low, high = interval(distance, frechet_left_out(pair.samples, pair.reference, pair.groups))
+        left_out = frechet_left_out(pair.samples, pair.reference, pair.groups)
+        found.left_out[name] = left_out.tolist()
+        low, high = interval(distance, left_out)
         found.values[f"{name}_interval"] = [max(low, 0.0), high]
 
 
 def add_kernel(found: Found, pair: Pair) -> None:
-    name, size = pair.kernel, min(pair.kid_subset_size, len(pair.samples), len(pair.reference))
+    name, size = pair.names.kernel, min(pair.kid_subset_size, len(pair.samples), len(pair.reference))
     mean, spread = _kernel(pair.samples, pair.reference, size, pair.seed)
     found.values |= {f"{name}_mean": mean, f"{name}_std": spread, f"{name}_mean_interval": None, "kid_subset_size": size}
     if spread is None:
@@ -162,16 +169,17 @@ def add_kernel(found: Found, pair: Pair) -> None:
     else:
         of_subsets = (spread or 0.0) ** 2 / SETTINGS["kid_subsets"]  # that another choice of subsets would make
         left_out = kernel_left_out(pair.samples, pair.reference, pair.groups)
+        found.left_out[f"{name}_mean"] = left_out.tolist()
         found.values[f"{name}_mean_interval"] = interval(mean, left_out, of_subsets)
     if size < (asked := pair.kid_subset_size):
         found.notes.append(f"subsets of the kernel distance hold {size} images, not {asked}: one set has no more")
 
 
 def add_precision_recall(found: Found, pair: Pair) -> None:
-    found.values["precision"], found.values["recall"] = _precision_recall(pair.samples, pair.reference)
-    if found.values["precision"] is None:
-        why = f"takes more than {SETTINGS['prc_neighborhood']} images in each set"
-        found.reasons["precision"] = found.reasons["recall"] = why
+    names = pair.names.precision, pair.names.recall
+    found.values |= zip(names, _precision_recall(pair.samples, pair.reference), strict=True)
+    if found.values[names[0]] is None:
+        found.reasons |= dict.fromkeys(names, f"takes more than {SETTINGS['prc_neighborhood']} images in each set")
 
 
 @dataclass(frozen=True)

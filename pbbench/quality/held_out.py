@@ -7,6 +7,7 @@ index alone), each image meets every band once, and within a band the timesteps 
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from pbbench.model.diffusion import Diffusion
 from pbbench.model.sampling import sample_noise
 from pbbench.model.unet import PatchUNet
 from pbbench.quality.batches import Images, batches, image_shape
+from pbbench.quality.intervals import FEWEST, means_left_out, random_groups
 
 
 @torch.no_grad()
@@ -34,9 +36,11 @@ def held_out_loss(
 ) -> dict[str, Any]:
     """The loss of ``model`` (give it the EMA weights) on uint8 ``images``, as ``diffusion`` trains it.
 
-    Returns {"mean": float, "bands": [{"t_min", "t_max" (inclusive), "loss"}, …], "num_images": int, "seed": int}; the mean
-    is over the bands. batch_size and patch_batch_size change it by rounding only. Raises InputError for an empty set, one
-    of another size than the model's, or a number of bands that does not fit.
+    Returns {"mean": float, "standard_error": float, "left_out": the mean without each group of images (``intervals``),
+    "bands": [{"t_min", "t_max" (inclusive), "loss"}, …], "num_images": int, "seed": int}; the mean is over the bands, the error
+    that of other images and their noise, None of a single image; no groups are left out of fewer than 40. batch_size and
+    patch_batch_size change it by rounding only. Raises InputError for an empty set, one of another size than the model's, or
+    a number of bands that does not fit.
     """
     shape = image_shape(images, "held-out images")
     channels, (height, width) = model.config.channels, model.config.size
@@ -47,7 +51,7 @@ def held_out_loss(
         )
     edges = band_edges(diffusion.config.num_train_timesteps, bands)
     all_t = stratified_timesteps(len(images), edges, seed)  # bands × images
-    losses = torch.zeros(bands, dtype=torch.float64)
+    losses = torch.zeros(bands, len(images), dtype=torch.float64)
     start = 0
     for batch in batches(images, batch_size, "held-out images"):
         x_start = batch.to(device).float() / 127.5 - 1  # N C H W in [−1, 1]
@@ -56,14 +60,22 @@ def held_out_loss(
             t = all_t[band, start : indices.stop].to(device)  # N
             noise = sample_noise(seed, indices, band, shape, device)  # N C H W
             output = model(diffusion.q_sample(x_start, t, noise), t, patch_batch_size=patch_batch_size)
-            losses[band] += diffusion.loss(output, diffusion.target(x_start, t, noise)).item() * len(batch)
+            pairs = zip(output.split(1), diffusion.target(x_start, t, noise).split(1), strict=True)
+            losses[band, start : indices.stop] = torch.stack([diffusion.loss(said, target) for said, target in pairs])
         start = indices.stop
-    losses /= len(images)
     table = [
         {"t_min": low, "t_max": high - 1, "loss": loss}
-        for (low, high), loss in zip(pairwise(edges), losses.tolist(), strict=True)
+        for (low, high), loss in zip(pairwise(edges), losses.mean(1).tolist(), strict=True)
     ]
-    return {"mean": losses.mean().item(), "bands": table, "num_images": len(images), "seed": seed}
+    of_images, n = losses.mean(0), len(images)
+    return {
+        "mean": of_images.mean().item(),
+        "standard_error": of_images.std().item() / math.sqrt(n) if n > 1 else None,
+        "left_out": means_left_out(of_images, random_groups(n, seed)).tolist() if n >= FEWEST else None,
+        "bands": table,
+        "num_images": n,
+        "seed": seed,
+    }
 
 
 def band_edges(num_train_timesteps: int, bands: int) -> list[int]:

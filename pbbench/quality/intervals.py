@@ -8,8 +8,10 @@ The usual bootstrap would be wrong here: of N images drawn with repetition only 
 as the number of distinct images falls (its bias goes with 1/N; Chong and Forsyth 2020), so that every resampled figure lies
 above the one it should surround. Leaving out repeats no image, and the little that N falls by shifts all θ_g alike.
 
-An interval is about the figure of its name: FID-10k of other 10,000 samples of the same model. The reference images are the
-yardstick and are taken as they are; the bias of N samples and the difference that another training makes are not in it.
+An interval is about the mean of the figure of its name: of FID-10k over all draws of 10,000 samples of the same model. The
+reference images are the yardstick and are taken as they are; the bias of N samples and the difference that another training
+makes are not in it. The 20 figures themselves are kept: two models that drew the same images from the same noise move
+together, and the difference of their figures, group by group, has an interval of its own (``records.uncertainty``).
 """
 
 from __future__ import annotations
@@ -19,9 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-NUM_GROUPS = 20
-STUDENT_T = 2.0930
-"""The 97.5% point of Student's t at 19 degrees of freedom."""
+from pbbench.records.uncertainty import NUM_GROUPS, jackknife_variance, student_t
+
 FEWEST = 2 * NUM_GROUPS
 """Images: with fewer there is no interval."""
 TOO_FEW = f"takes {FEWEST} samples or more"
@@ -34,9 +35,14 @@ def random_groups(num_images: int, seed: int) -> Tensor:
 
 def interval(figure: float, left_out: Tensor, other_variance: float = 0.0) -> list[float]:
     """[low, high] around ``figure``, given it NUM_GROUPS times with one group left out; ``other_variance`` is added."""
-    variance = (NUM_GROUPS - 1) * left_out.double().var(correction=0).item() + other_variance
-    reach = STUDENT_T * math.sqrt(variance)
+    reach = student_t(NUM_GROUPS - 1) * math.sqrt(jackknife_variance(left_out.tolist()) + other_variance)
     return [figure - reach, figure + reach]
+
+
+def means_left_out(values: Tensor, groups: Tensor) -> Tensor:
+    """The mean of N values, float64, once without each group."""
+    sums = torch.zeros(NUM_GROUPS, dtype=torch.float64).index_add_(0, groups, values.double())
+    return (values.double().sum() - sums) / (len(values) - groups.bincount(minlength=NUM_GROUPS))
 
 
 def frechet_left_out(samples: Tensor, reference: Tensor, groups: Tensor) -> Tensor:

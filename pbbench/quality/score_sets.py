@@ -78,6 +78,7 @@ def score_sets(
             processes=processes,
         )
     told = {"image_size": f"{size[0]}×{size[1]}", "samples": first_name, "reference": second_name}
+    scores.pop("left_out", None)
     return {**scores, **told} if scores else {}
 
 

@@ -1,14 +1,25 @@
-"""The seam score: do patch borders show in the samples more than the same lines show in real images?
+"""Seams: do patch borders show in the samples more than the same lines show in real images? Two figures, at the lines of one d.
 
-raw = mean absolute difference of the pixel pairs that straddle a patch border / that of all other neighbouring pairs,
-vertical and horizontal pairs pooled, all channels. A border that is no seam has a raw figure near 1, but not at 1: in
-JPEG photographs some of these lines are the codec's own block borders. Hence score = raw of the samples over raw of the
-reference images at the same divider: 1 is "no more seams than the data", whatever the codec did. On 2 × 1,000 CIFAR-10 JPEGs
-the score is 1.00 between photographs, 0.86 to 1.00 after a Gaussian blur of radius up to 2, 3.0 to 3.6 after shuffling
-the patches.
+**Score**: raw = mean absolute difference of the pixel pairs that straddle a patch border / that of all other neighbouring
+pairs, vertical and horizontal pairs pooled, all channels; score = raw of the samples over raw of the reference images. A
+border that is no seam has a raw figure near 1, but not at 1: in JPEG photographs some of these lines are the codec's own
+block borders. 1 is "no more seams than the data". Being a ratio it is blind in noise (steps of 20 grey levels between the
+patches: 1.75, with pixel noise of σ = 40 on top 0.99), and a blur, which makes what lies between the borders smoother, raises
+it.
+
+**Excess**: Δ = mean squared difference of the pairs at borders − that of all other pairs; excess = √(Δ of the samples − Δ of
+the reference), with the sign of what is under the root: the root-mean-square step at a border, in grey levels, beyond what
+the data have there. Noise adds 2σ² to both means and so cancels. A blur across the borders does make it smaller.
+
+Neither is 0 or 1 by itself at d = 1: the undivided model's figures at the lines of d are what a divider's are to be held
+against.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,37 +29,40 @@ from pbbench.quality.batches import Images, batches, check_pair, image_shape
 from pbbench.quality.intervals import FEWEST, NUM_GROUPS, interval, random_groups
 
 
-def seam_score(samples: Images, reference: Images, patch_divider: int, *, batch_size: int = 256) -> float | None:
-    """raw(samples) / raw(reference) at d = ``patch_divider``; None at d = 1. Near 1: no seams; above: seams show.
-
-    Raises InputError where the sets' sizes differ, an image does not divide, or one set has nothing to compare with
-    (no difference at all inside the patches, or, in the reference, across their borders).
-    """
-    if patch_divider == 1:
-        return None
-    check_pair(samples, reference)
-    of_samples = raw_seam(samples, patch_divider, batch_size=batch_size, name="samples")
-    of_reference = raw_seam(reference, patch_divider, batch_size=batch_size, name="reference images")
-    if of_reference == 0:
-        raise InputError("the reference images do not differ across patch borders at all; the seam score is undefined")
-    return of_samples / of_reference
-
-
-def seam_score_interval(
+def seam_figures(
     samples: Images, reference: Images, patch_divider: int, *, batch_size: int = 256, seed: int = 0
-) -> list[float] | None:
-    """The 95% interval [low, high] of ``seam_score`` over the draw of samples (see ``intervals``); None at d = 1, of too few
-    samples, and where it cannot be had because nearly all of them are flat. Raises what ``seam_score`` raises."""
-    if patch_divider == 1 or len(samples) < FEWEST:
-        return None
-    of_reference = raw_seam(reference, patch_divider, batch_size=batch_size, name="reference images")
-    sums, pairs = _sums(samples, patch_divider, batch_size, "samples")
-    of_groups = torch.zeros(NUM_GROUPS, 2, dtype=torch.int64).index_add_(0, random_groups(len(samples), seed), sums)
-    left_out = (sums.sum(0) - of_groups).double() / torch.tensor(pairs)  # G 2
-    if not (left_out[:, 1] > 0).all():
-        return None
-    figure = _ratio(sums.sum(0).tolist(), pairs) / of_reference
-    return interval(figure, left_out[:, 0] / left_out[:, 1] / of_reference)
+) -> dict[str, Any]:
+    """Both figures at the lines of d = ``patch_divider`` ≥ 2, whatever made the samples.
+
+    Returns {"seam_score", "seam_excess" (grey levels of 255), "seam_excess_square" (what is under its root), the 95%
+    intervals over the draw of samples of the first two as ``NAME_interval``, and "left_out": the score and the square without
+    each group of samples (``intervals``)}. No intervals of fewer than 40 samples, nor where nearly all of them are flat.
+
+    Raises InputError where the sets' sizes differ, an image does not divide, or one set has nothing to compare with (no
+    difference at all inside the patches, or, in the reference, across their borders).
+    """
+    check_pair(samples, reference)
+    reference_sums, pairs = _sums(reference, patch_divider, batch_size, "reference images")
+    sums, _ = _sums(samples, patch_divider, batch_size, "samples")
+    known = _Figures(reference_sums.sum(0), len(reference), pairs)
+    if known.raw("reference images") == 0:
+        raise InputError("the reference images do not differ across patch borders at all; the seam score is undefined")
+
+    def against(sums: Tensor, count: Any) -> tuple[Tensor, Tensor]:
+        here = _Figures(sums, count, pairs)
+        return here.raw("samples") / known.raw("reference images"), here.excess_square() - known.excess_square()
+
+    score, square = against(sums.sum(0), len(samples))
+    found: dict[str, Any] = {"seam_score": score.item(), "seam_excess": _signed_root(square.item())}
+    found |= {"seam_excess_square": square.item(), "seam_score_interval": None, "seam_excess_interval": None, "left_out": {}}
+    groups = random_groups(len(samples), seed)
+    kept = sums.sum(0) - torch.zeros(NUM_GROUPS, 4, dtype=torch.int64).index_add_(0, groups, sums)  # G 4
+    if len(samples) >= FEWEST and (kept[:, 1] > 0).all():
+        scores, squares = against(kept, len(samples) - groups.bincount(minlength=NUM_GROUPS))
+        found["seam_score_interval"] = interval(found["seam_score"], scores)
+        found["seam_excess_interval"] = [_signed_root(end) for end in interval(square.item(), squares)]
+        found["left_out"] = {"seam_score": scores.tolist(), "seam_excess_square": squares.tolist()}
+    return found
 
 
 def raw_seam(images: Images, patch_divider: int, *, batch_size: int = 256, name: str = "images") -> float:
@@ -58,18 +72,39 @@ def raw_seam(images: Images, patch_divider: int, *, batch_size: int = 256, name:
     into patches of two pixels or more, or are flat inside every patch.
     """
     sums, pairs = _sums(images, patch_divider, batch_size, name)
-    total = sums.sum(0).tolist()
-    if total[1] == 0:
-        raise InputError(f"the {name} are flat inside their patches; a seam score has nothing to compare their borders with")
-    return _ratio(total, pairs)
+    return _Figures(sums.sum(0), len(images), pairs).raw(name).item()
 
 
-def _ratio(sums: list[int], pairs: tuple[int, int]) -> float:
-    return (sums[0] / pairs[0]) / (sums[1] / pairs[1])
+@dataclass(frozen=True)
+class _Figures:
+    """Of one set of images, or of several at once."""
+
+    sums: Tensor
+    """int64 … × 4: of differences at borders, of all others; of their squares likewise."""
+    num_images: Any
+    pairs: tuple[int, int]
+    """Pairs of each in an image."""
+
+    def raw(self, name: str) -> Tensor:
+        if not (self.sums[..., 1] > 0).all():
+            raise InputError(
+                f"the {name} are flat inside their patches; a seam score has nothing to compare their borders with"
+            )
+        return (self.sums[..., 0].double() / self.pairs[0]) / (self.sums[..., 1].double() / self.pairs[1])
+
+    def excess_square(self) -> Tensor:
+        """Δ, in grey levels squared."""
+        at_borders, elsewhere = (self.sums[..., 2 + k].double() / (self.pairs[k] * self.num_images) for k in range(2))
+        return at_borders - elsewhere
+
+
+def _signed_root(x: float) -> float:
+    return math.copysign(math.sqrt(abs(x)), x)
 
 
 def _sums(images: Images, d: int, batch_size: int, name: str) -> tuple[Tensor, tuple[int, int]]:
-    """(int64 N × 2: each image's sums of differences across patch borders and elsewhere; the pairs of each in an image)."""
+    """(int64 N × 4: each image's sums of differences across patch borders and elsewhere, and of their squares; the pairs of
+    each in an image)."""
     channels, height, width = image_shape(images, name)
     if d < 2 or height % d or width % d or min(height, width) < 2 * d:
         raise InputError(
@@ -78,12 +113,14 @@ def _sums(images: Images, d: int, batch_size: int, name: str) -> tuple[Tensor, t
         )
     found = []
     for batch in batches(images, batch_size, name):
-        sums = torch.zeros(len(batch), 2, dtype=torch.int64)
+        sums = torch.zeros(len(batch), 4, dtype=torch.int64)
         for x in (batch, batch.transpose(-1, -2)):  # neighbours along the height, then along the width
-            difference = neighbour_difference(x)  # N C H-1 W
+            difference = neighbour_difference(x).int()  # N C H-1 W
             patch = x.shape[2] // d
-            at_borders = difference[:, :, patch - 1 :: patch].sum((1, 2, 3))  # of N C d-1 W
-            sums += torch.stack([at_borders, difference.sum((1, 2, 3)) - at_borders], dim=1)
+            for first, of_pairs in ((0, difference), (2, difference * difference)):
+                at_borders = of_pairs[:, :, patch - 1 :: patch].sum((1, 2, 3))  # of N C d-1 W
+                sums[:, first] += at_borders
+                sums[:, first + 1] += of_pairs.sum((1, 2, 3)) - at_borders
         found.append(sums)
     borders = channels * (d - 1) * (height + width)
     everywhere = channels * ((height - 1) * width + (width - 1) * height)

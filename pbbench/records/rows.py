@@ -83,9 +83,16 @@ class Row(BaseModel):
     random_features_patch_frechet_distance: float | None = None
     """As random_features_frechet_distance, between patches at the images' own resolution."""
     extractor: str | None = None
+    distance_floor: float | None = None
+    """The first distance of this row, of as many real images that are not among the reference."""
     precision: float | None = None
     recall: float | None = None
+    random_features_precision: float | None = None
+    random_features_recall: float | None = None
+    """Precision and recall among the features of the random extractor: not comparable with Inception's."""
     seam_score: float | None = None
+    seam_excess: float | None = None
+    """Grey levels of 255: the root-mean-square step across patch borders beyond that of the reference at the same lines."""
     held_out_loss: float | None = None
     num_images: int | None = None
     """Samples scored."""

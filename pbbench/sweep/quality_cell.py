@@ -1,7 +1,6 @@
 """A quality cell: train one divider to its budget (or load a checkpoint), sample, score, and say what was scored.
 
-Quality is one row with phase ``quality``. The Frechet distance is FID only with the published Inception weights and enough
-images; without the weights a fixed-seed random extractor stands in, under its own name, and the row says why.
+Quality is one row with phase ``quality``; what is scored, and how, is in ``quality.scorecard``.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from typing import Any
 
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
-from pbbench.records.rows import COLUMNS
 from pbbench.sweep.cell_rows import Emit, NanLossError, base_row
 from pbbench.sweep.grid import Cell
 
@@ -23,9 +21,9 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     """Raises what training, sampling or scoring raise; NanLossError where training's loss stops being a number."""
     import torch
 
-    from pbbench.data.images import training_and_held_out
     from pbbench.model.diffusion import Diffusion
     from pbbench.model.sampling import num_inference_steps
+    from pbbench.quality.scorecard import real_images, scorecard
     from pbbench.training.checkpoint import load_model
     from pbbench.training.generate import generate, save_images, write_grid
 
@@ -36,10 +34,9 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     if its_experiment.model != experiment.model:
         raise InputError(f"the checkpoint {checkpoint} is of another network than the sweep's divider {cell.patch_divider}")
     diffusion = Diffusion(experiment.diffusion, device)
-    data, held_out = training_and_held_out(experiment)
-    if data.skipped:
-        emit("note", text=data.notice())
-    reference = data.subset(0, min(experiment.quality.num_reference_images or len(data), len(data)))
+    real = real_images(experiment)
+    if real.training.skipped:
+        emit("note", text=real.training.notice())
 
     emit("phase", phase="sample")
     settings, count = experiment.sampling, experiment.quality.num_images
@@ -51,12 +48,21 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     if experiment.quality.save_samples:
         save_images(samples, run / "samples" / cell.id)
     if experiment.quality.reference_grid:
-        write_grid(run / "samples" / "reference.png", reference.batch(range(min(GRID_IMAGES, len(reference)))))
+        write_grid(run / "samples" / "reference.png", real.reference.batch(range(min(GRID_IMAGES, len(real.reference)))))
 
     emit("phase", phase="score")
     started = time.perf_counter()
-    scores, reasons = _score(samples, reference, experiment, cell, device_name, run)
-    loss = _held_out(model, diffusion, held_out, experiment, cell, device, reasons)
+    card = scorecard(
+        samples,
+        real,
+        model,
+        diffusion,
+        experiment,
+        dividers=experiment.sweep.dividers,
+        cache=run / "checkpoints" / "statistics",
+        device=device,
+        patch_batch_size=cell.patch_batch_size,
+    )
     seconds["score_seconds"] = time.perf_counter() - started
     described = {
         "num_images": count,
@@ -64,16 +70,14 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
         "sampler": settings.sampler,
         "num_inference_steps": num_inference_steps(settings, experiment.diffusion.num_train_timesteps),
         "seed": settings.seed,
-        "held_out_loss": loss["mean"],
-        "reasons": reasons,
+        "reasons": card.reasons,
     }
-    columns = {name: value for name, value in scores.items() if name in COLUMNS}
-    emit("row", row={**base_row(experiment, cell, device_name), "phase": "quality", **columns, **described})
-    sets = {"reference": reference.description, "num_reference_images": len(reference)}
-    sets["skipped"] = [f"{unreadable.name}: {unreadable.reason}" for unreadable in data.skipped]
-    sets["num_held_out"] = len(held_out) if held_out else 0
+    emit("row", row={**base_row(experiment, cell, device_name), "phase": "quality", **card.columns, **described})
+    sets = {"reference": real.reference.description, "num_reference_images": len(real.reference)}
+    sets["skipped"] = [f"{unreadable.name}: {unreadable.reason}" for unreadable in real.training.skipped]
+    sets["num_held_out"] = len(real.held_out) if real.held_out else 0
     trained |= {"training_seed": experiment.seed, "equal": experiment.sweep.equal}
-    emit("detail", grid=grid, metrics=scores, held_out=loss, **sets, **seconds, **trained)
+    emit("detail", grid=grid, **card.details, **sets, **seconds, **trained)
 
 
 def _checkpoint(experiment: Experiment, cell: Cell, device: str, run: Path, emit: Emit) -> tuple[Path, dict[str, Any]]:
@@ -94,60 +98,3 @@ def _checkpoint(experiment: Experiment, cell: Cell, device: str, run: Path, emit
         raise NanLossError(f"the training loss was not a number at step {result.steps}; {saved}")
     told = {"images_seen": result.images_seen, "trained_steps": result.steps, "loss": result.loss}
     return out, {**told, "train_seconds": result.seconds, "checkpoint": "trained"}
-
-
-def _score(
-    samples: Any, reference: Any, experiment: Experiment, cell: Cell, device: str, run: Path
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Scores under their honest names, the seam score, and why the others are null."""
-    from pbbench.quality.fid import MissingWeightsError, resolve_inception_weights, score
-    from pbbench.quality.seams import seam_score, seam_score_interval
-
-    quality = experiment.quality
-    reasons: dict[str, str] = {}
-    try:
-        weights = resolve_inception_weights(quality.inception_weights)
-    except MissingWeightsError as error:
-        weights = None
-        named = ("frechet_inception_distance", "kernel_inception_distance_mean", "patch_frechet_inception_distance")
-        reasons |= dict.fromkeys(named, f"no Inception weights: {error}")
-    scores = score(
-        samples,
-        reference,
-        metrics=quality.metrics,
-        extractor="inception" if weights else "random",
-        weights=weights,
-        kid_subset_size=quality.kid_subset_size,
-        batch_size=quality.batch_size,
-        device=device,
-        seed=experiment.sampling.seed,
-        cache=run / "checkpoints" / "statistics",
-    )
-    try:
-        scores["seam_score"] = seam_score(samples, reference, cell.patch_divider)
-        scores["seam_score_interval"] = seam_score_interval(
-            samples, reference, cell.patch_divider, seed=experiment.sampling.seed
-        )
-        if scores["seam_score"] is None:
-            reasons["seam_score"] = "undefined without patch borders (d = 1)"
-    except InputError as error:  # flat samples, or patches of one pixel
-        reasons["seam_score"] = str(error)
-    reasons |= {name: why for name, why in scores["reasons"].items() if name in COLUMNS}
-    if scores.get("frechet_inception_distance") is None:
-        reasons.setdefault("frechet_inception_distance", "; ".join(scores["notes"]) or "not asked for")
-    return scores, reasons
-
-
-def _held_out(
-    model: Any, diffusion: Any, images: Any, experiment: Experiment, cell: Cell, device: Any, reasons: dict[str, str]
-) -> dict[str, Any]:
-    """The held-out denoising loss, per band of timesteps; null with a reason where no images are held out."""
-    from pbbench.quality.held_out import held_out_loss
-
-    if images is None:
-        reasons["held_out_loss"] = "no images are held out (data.num_held_out is 0, or the set is small)"
-        return {"mean": None, "bands": []}
-    batch, patches = cell.batch_size, cell.patch_batch_size
-    return held_out_loss(
-        model, diffusion, images, seed=experiment.data_seed, batch_size=batch, patch_batch_size=patches, device=device
-    )

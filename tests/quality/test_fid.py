@@ -131,7 +131,7 @@ def test_precision_and_recall_against_brute_force(n: int, m: int) -> None:
 def test_equal_sets_are_at_distance_zero(scenes: torch.Tensor) -> None:
     found = score(list(scenes), list(scenes), extractor="random")
     assert 0 <= found["random_features_frechet_distance"] < 1e-4
-    assert found["precision"] == found["recall"] == 1
+    assert found["random_features_precision"] == found["random_features_recall"] == 1
 
 
 def test_a_failed_square_root_is_null_not_zero(monkeypatch: pytest.MonkeyPatch, scenes: torch.Tensor) -> None:
@@ -161,7 +161,8 @@ def test_random_features_agree_with_calculate_metrics(scenes: torch.Tensor, tmp_
     assert ours["random_features_frechet_distance"] == theirs["frechet_inception_distance"]
     assert ours["random_features_kernel_distance_mean"] == theirs["kernel_inception_distance_mean"]
     assert ours["random_features_kernel_distance_std"] == theirs["kernel_inception_distance_std"]
-    assert (ours["precision"], ours["recall"]) == (theirs["precision"], theirs["recall"])
+    both = ours["random_features_precision"], ours["random_features_recall"]
+    assert both == (theirs["precision"], theirs["recall"])
 
 
 def test_inception_path(inception_file: Path, scenes: torch.Tensor) -> None:
@@ -171,7 +172,7 @@ def test_inception_path(inception_file: Path, scenes: torch.Tensor) -> None:
     found = score(list(one), list(two), metrics=["kid", "prc"], weights=checked, batch_size=4)
     assert found["unverified_inception_kernel_distance_mean"] > 0
     assert found["kid_subset_size"] == 4
-    assert 0 <= found["precision"] <= 1
+    assert 0 <= found["unverified_inception_precision"] <= 1
     assert found["extractor"] == f"inception-v3-compat, 2048 features, float32, weights sha256 {checked.sha256[:8]}"
     assert any("not the published" in note for note in found["notes"])
     assert not [name for name in found if name.startswith(("frechet_inception", "kernel_inception"))]
@@ -211,7 +212,8 @@ def test_inception_agrees_with_calculate_metrics(
     ],
 )
 def test_only_fid_is_called_fid(kind: str, num_images: int, frechet: str, kernel: str) -> None:
-    assert metric_names(kind, num_images, 2048)[:2] == (frechet, kernel)
+    names, _ = metric_names(kind, num_images, 2048)
+    assert (names.frechet, names.kernel) == (frechet, kernel)
 
 
 def test_few_images_are_said(scenes: torch.Tensor) -> None:
@@ -221,8 +223,8 @@ def test_few_images_are_said(scenes: torch.Tensor) -> None:
     assert any("50 images for 304 features" in note for note in found["notes"])
     assert any("subsets of the kernel distance hold 50" in note for note in found["notes"])
     few = score(list(scenes[:3]), list(scenes[50:]), extractor="random", metrics=["prc"])
-    assert (few["precision"], few["recall"]) == (None, None)
-    assert "more than 3 images" in few["reasons"]["precision"]
+    assert (few["random_features_precision"], few["random_features_recall"]) == (None, None)
+    assert "more than 3 images" in few["reasons"]["random_features_precision"]
 
 
 def test_the_settings_name_the_metrics_of_the_table() -> None:
@@ -235,8 +237,9 @@ def test_the_settings_name_the_metrics_of_the_table() -> None:
 def test_every_name_of_a_distance_has_its_words(kind: str) -> None:
     for of in ("images", "patches"):
         for num_rows in (1, 10_000):
-            frechet, kernel, _ = metric_names(kind, num_rows, 2048, of)
-            assert {frechet, f"{kernel}_mean"} <= set(DISTANCE_WORDS) & set(QUALITY_HEADERS)
+            names, _ = metric_names(kind, num_rows, 2048, of)
+            assert {names.frechet, f"{names.kernel}_mean"} <= set(DISTANCE_WORDS) & set(QUALITY_HEADERS)
+            assert {names.precision, names.recall} <= set(QUALITY_HEADERS)
 
 
 # The cache of reference features

@@ -57,10 +57,10 @@ def test_places_reach_every_pixel_evenly() -> None:
 
 
 def test_names() -> None:
-    assert metric_names("published", 2049, 2048, "patches")[0] == "patch_frechet_inception_distance"
-    assert metric_names("published", 2048, 2048, "patches")[0] == "few_images_inception_patch_frechet_distance"
-    assert metric_names("unverified", 9999, 2048, "patches")[0] == "unverified_inception_patch_frechet_distance"
-    assert metric_names("random", 9999, 304, "patches")[0] == NAME
+    assert metric_names("published", 2049, 2048, "patches")[0].frechet == "patch_frechet_inception_distance"
+    assert metric_names("published", 2048, 2048, "patches")[0].frechet == "few_images_inception_patch_frechet_distance"
+    assert metric_names("unverified", 9999, 2048, "patches")[0].frechet == "unverified_inception_patch_frechet_distance"
+    assert metric_names("random", 9999, 304, "patches")[0].frechet == NAME
 
 
 def test_orders_what_a_worse_generator_does(halves: tuple[torch.Tensor, torch.Tensor]) -> None:

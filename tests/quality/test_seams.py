@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from degrade import blurred, shuffled
 from pbbench.data.images import open_images
 from pbbench.errors import InputError
 from pbbench.quality.intervals import interval, random_groups
-from pbbench.quality.seams import raw_seam, seam_score, seam_score_interval
+from pbbench.quality.seams import raw_seam, seam_figures
 
 
 def slow_raw(images: torch.Tensor, d: int) -> float:
@@ -30,6 +31,10 @@ def slow_raw(images: torch.Tensor, d: int) -> float:
                         pairs = borders if (x + 1) % (width // d) == 0 else others
                         pairs.append(abs(plane[y][x + 1] - plane[y][x]))
     return float(np.mean(borders) / np.mean(others))
+
+
+def seam_score(samples: Any, reference: Any, d: int) -> float:
+    return seam_figures(samples, reference, d)["seam_score"]
 
 
 @pytest.fixture(scope="module")
@@ -59,37 +64,56 @@ def test_uint8_differences_do_not_wrap() -> None:
 def test_sees_shuffled_patches_and_no_seams_elsewhere(scenes: torch.Tensor, d: int) -> None:
     half, other = scenes[:100], scenes[100:]
     assert seam_score(list(half), list(other), d) == pytest.approx(1, abs=0.15)
-    assert (seam_score(list(shuffled(half, d)), list(other), d) or 0) > 2.5
+    assert seam_score(list(shuffled(half, d)), list(other), d) > 2.5
 
 
 def test_a_constant_offset_per_patch_shows(scenes: torch.Tensor) -> None:
     """What independent denoising does to colours: a step of a few grey levels at each border."""
     offset = torch.randint(-12, 13, (len(scenes), 3, 4, 4)).repeat_interleave(8, 2).repeat_interleave(8, 3)
     stepped = (scenes.short() + offset).clamp(0, 255).to(torch.uint8)
-    assert (seam_score(list(stepped), list(scenes), 4) or 0) > 1.3
+    assert seam_score(list(stepped), list(scenes), 4) > 1.3
 
 
 def test_interval_is_the_jackknife_and_covers(scenes: torch.Tensor) -> None:
     """Against the score computed anew without each group; of two draws of 100 scenes each lies in the other's interval."""
     half, other = scenes[:100], scenes[100:]
     groups = random_groups(100, 5)
-    slow = torch.tensor([seam_score(list(half[groups != group]), list(other), 4) for group in range(20)])
-    found = seam_score_interval(list(half), list(other), 4, seed=5)
-    assert found == pytest.approx(interval(seam_score(list(half), list(other), 4) or 0, slow), rel=1e-6)
-    score = seam_score(list(half), list(other), 4)
-    assert score is not None
-    assert found is not None
-    assert found[0] < 1 < found[1]  # the halves are alike
-    assert found[1] - found[0] < 0.3
-    assert seam_score_interval(list(half), list(other), 1) is None
-    assert seam_score_interval(list(half[:39]), list(other), 4) is None
+    found = seam_figures(list(half), list(other), 4, seed=5)
+    slow = [seam_figures(list(half[groups != group]), list(other), 4) for group in range(20)]
+    for name in ("seam_score", "seam_excess_square"):
+        assert found["left_out"][name] == pytest.approx([without[name] for without in slow], rel=1e-6, abs=1e-6)
+    expected = interval(found["seam_score"], torch.tensor(found["left_out"]["seam_score"]))
+    low, high = found["seam_score_interval"]
+    assert [low, high] == pytest.approx(expected, rel=1e-6)
+    assert low < 1 < high  # the halves are alike
+    assert high - low < 0.3
+    assert seam_figures(list(half[:39]), list(other), 4)["seam_score_interval"] is None
     flat = torch.full_like(half, 7)
     flat[0] = half[0]
-    assert seam_score_interval(list(flat), list(other), 4) is None  # without the first image nothing is left to divide by
+    assert (
+        seam_figures(list(flat), list(other), 4)["seam_score_interval"] is None
+    )  # without the first nothing is left to divide by
 
 
-def test_null_without_borders(scenes: torch.Tensor) -> None:
-    assert seam_score(list(scenes), list(scenes), 1) is None
+def stepped(images: torch.Tensor, step: int) -> torch.Tensor:
+    """Every other patch of 4 × 4 brighter, float; from images drawn together so far that nothing is clipped."""
+    dark = (torch.arange(32).view(32, 1) // 8 + torch.arange(32) // 8) % 2
+    return images.float() / 4 + 96 + step * (dark - 0.5)
+
+
+def test_noise_hides_seams_from_the_ratio_and_not_from_the_excess(scenes: torch.Tensor) -> None:
+    """A step of 20 grey levels at every border, in clean images and in such with noise of σ = 20: the excess is 20 in both."""
+    noise = 20 * torch.randn(scenes.shape)
+    found = {}
+    for name, more in (("clean", torch.zeros_like(noise)), ("noisy", noise)):
+        seamed, plain = ((stepped(scenes, step) + more).round().clamp(0, 255).to(torch.uint8) for step in (20, 0))
+        found[name] = seam_figures(list(seamed), list(plain), 4)
+        low, high = found[name]["seam_excess_interval"]
+        assert low < found[name]["seam_excess"] < high
+        assert found[name]["seam_excess"] == pytest.approx(20, abs=1.5)
+        assert abs(seam_figures(list(plain[:100]), list(plain[100:]), 4)["seam_excess"]) < 6
+    assert found["clean"]["seam_score"] > 2
+    assert found["noisy"]["seam_score"] < 1.4
 
 
 def test_photographs_have_the_known_figures(shared: Path) -> None:
@@ -102,9 +126,9 @@ def test_photographs_have_the_known_figures(shared: Path) -> None:
         assert raw_seam(list(one), d) == pytest.approx(raw, abs=0.03)
         assert 3.4 < raw_seam(list(shuffled(one, d)), d) < 4.0
         assert seam_score(list(two), list(one), d) == pytest.approx(1, abs=0.05)
-        assert (seam_score(list(shuffled(two, d)), list(one), d) or 0) > 2.5
+        assert seam_score(list(shuffled(two, d)), list(one), d) > 2.5
         for radius in (0.5, 1, 2):
-            assert 0.8 < (seam_score(list(blurred(two, radius)), list(one), d) or 0) < 1.2
+            assert 0.8 < seam_score(list(blurred(two, radius)), list(one), d) < 1.2
 
 
 @pytest.mark.parametrize("d", [0, -2, 3, 32])

@@ -321,7 +321,7 @@ def test_terminal_table_fits_the_terminal(cells: list[CellResult], width: int) -
     assert sum(line.lstrip().startswith(("1 all", "8 index")) for line in text.splitlines()) == 2  # each on one line
     assert "Fréchet" in text
     assert "18.99" in text
-    assert ("Left out at this width" in " ".join(text.split())) is (width < 100)
+    assert ("Left out at this width" in " ".join(text.split())) is (width < 120)
 
 
 def test_terminal_table_reads_a_folder(tmp_path: Path) -> None:

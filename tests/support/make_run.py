@@ -7,6 +7,7 @@ the README), on a CPU a fiftieth of them. Everything follows from the arguments,
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ PEAKS = {
 WEIGHTS = 484  # MiB
 # Divider → Fréchet distance, held-out loss, seam score.
 QUALITY = {1: (41.2, 0.1712, None), 2: (44.9, 0.1741, 1.08), 4: (52.7, 0.1809, 1.24), 8: (71.3, 0.1986, 1.61)}
+FLOOR = 18.5
 BANDS = [{"t_min": 250 * i, "t_max": 250 * i + 249, "loss": loss} for i, loss in enumerate((0.4, 0.2, 0.1, 0.05))]
 NO_GPU = "read on CUDA devices only; this phase ran on cpu"
 
@@ -124,6 +126,12 @@ def _meters(live: int, temperature: str, device: str) -> tuple[dict[str, Any], d
     return values | {"peak_device_bytes": allocated + 900 * MIB}, {"peak_process_bytes": "NVML hides it from this container"}
 
 
+def _seams(score: float, wobble: list[float]) -> dict[str, Any]:
+    square = (10 * (score - 1)) ** 2
+    left_out = {"seam_score": [score * (1 + w) for w in wobble], "seam_excess_square": [square * (1 + w) for w in wobble]}
+    return {"seam_score": score, "seam_excess": 10 * (score - 1), "seam_excess_square": square, "left_out": left_out}
+
+
 def quality_cell(
     divider: int, *, device: str = "cpu", status: Any = "ok", genuine: bool = False, variant: str = "", seed: int | None = None
 ) -> CellResult:
@@ -151,11 +159,22 @@ def quality_cell(
     row.reasons = {"seam_score": "undefined without patch borders (d = 1)"} if seam is None else {}
     if not genuine:
         row.reasons |= {"frechet_inception_distance": "no Inception weights: pass --inception-weights FILE"}
+    row.seam_excess = None if seam is None else 10 * (seam - 1)
     interval = [0.98 * distance, 1.03 * distance]
+    wobble = [0.001 * math.sin(17 * group) for group in range(20)]
+    row.distance_floor = FLOOR
+    seams = {str(d): _seams(other if d == divider else 1.02, wobble) for d, (_, _, other) in QUALITY.items() if other}
     metrics = {
         column: distance,
         f"{column}_interval": interval,
         kernel: 0.0123,
+        "floor": {column: FLOOR, f"{column}_interval": [0.9 * FLOOR, 1.1 * FLOOR]},
+        "left_out": {
+            column: [distance * (1 + w) for w in wobble],
+            "held_out_loss": [loss * (1 + w) for w in wobble],
+            **({} if seam is None else seams[str(divider)]["left_out"]),
+        },
+        **({} if seam is None else {"seam_excess_square": seams[str(divider)]["seam_excess_square"]}),
         "num_images": 1000,
         "notes": [],
         "reasons": {},
@@ -163,6 +182,7 @@ def quality_cell(
     }
     details: dict[str, Any] = {"grid": f"samples/{name}.png", "metrics": metrics, "reference": "synthetic scenes, 128×128"}
     details |= {"num_reference_images": 10000, "num_held_out": 256, "loss": 0.17, "checkpoint": "trained"}
+    details |= {"seams": seams}
     details |= {"held_out": {"mean": loss, "bands": BANDS, "num_images": 256, "seed": 0}}
     details |= {"train_seconds": 81.5, "sample_seconds": 40.25, "score_seconds": 12.25}
     return CellResult(id=name, kind="quality", status="ok", axes=axes, rows=[row], details=details)

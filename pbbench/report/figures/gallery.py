@@ -92,9 +92,13 @@ def _quality_caption(shown: Shown) -> str:
     if shown.at_equal_memory:
         axes, ways = "Time against quality: seconds that the training took", "in the quickest way that was predicted to fit"
     named = quality_label(distance_column(shown.lines) or "", sample_counts(shown.lines))
+    judged = shown.lines.attrs["verdict"]
+    front = "the dark points on the dashed line are beaten by no other"
+    if judged is not None and not judged.ranks:
+        front = "no front is drawn, because this run does not rank its dividers"
     caption = (
-        f"{axes}, {shown.settings}; quality as {named}. Smaller is better on both axes; the dark points on the "
-        f"dashed line are beaten by no other. A divider is trained {trained_from(shown.cells)}: {ways}. "
+        f"{axes}, {shown.settings}; quality as {named}. Smaller is better on both axes; {front}. A divider "
+        f"is trained {trained_from(shown.cells)}: {ways}. "
         f"{held_equal(shown.cells) or ''}"
     )
     return caption.rstrip() + shown.variants

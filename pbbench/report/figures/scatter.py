@@ -38,6 +38,7 @@ from pbbench.report.tables.formatting import byte_unit
 from pbbench.report.tables.scores import distance_column, sample_counts
 
 DASHED: Any = {"color": STRONG, "linestyle": (0, (4, 2)), "linewidth": 0.8}
+DOTTED: Any = {"color": WEAK, "linestyle": (0, (1, 1.5)), "linewidth": 1.1}
 POINT: Any = {"linestyle": "none", "markersize": 5, "markeredgewidth": 0.9}
 
 
@@ -149,8 +150,9 @@ def _quality_axis(frame: pd.DataFrame, column: str) -> str:
 
 @styled
 def memory_against_quality(frame: pd.DataFrame) -> Figure | None:
-    """The trade-off as points, training and sampling side by side, with the configurations no other beats joined and
-    bars for the quality figure's 95% intervals, or its range over several trainings, where it has them."""
+    """The trade-off as points, training and sampling side by side, with the floor of the quality figure, the configurations no
+    other beats joined, unless the run does not rank its dividers, and bars for the figure's 95% intervals, or its range over
+    several trainings, where it has them."""
     return _against_quality(frame, [f"{step}_peak_bytes" for step in STEPS])
 
 
@@ -167,13 +169,20 @@ def _against_quality(frame: pd.DataFrame, costs: Sequence[str]) -> Figure | None
         return None
     figure, panels = drawn
     kinds = _kinds(panels)
+    judged, floor = frame.attrs["verdict"], frame.attrs["floors"].get(column)
+    ranked = judged is None or judged.ranks
+    shown: list[float] = []
     for panel in panels:
-        front = pareto(panel.points)
-        corners = [panel.points[front[0]]]
-        for i in front[1:]:  # a staircase: the best quality that each size of memory buys
-            corners += [(panel.xs[i], corners[-1][1]), panel.points[i]]
-        panel.axes.plot(*zip(*corners, strict=True), **DASHED)
-        panel.joins.append(corners)
+        front = pareto(panel.points) if ranked else list(range(len(panel.points)))
+        if ranked:
+            corners = [panel.points[front[0]]]
+            for i in front[1:]:  # a staircase: the best quality that each size of memory buys
+                corners += [(panel.xs[i], corners[-1][1]), panel.points[i]]
+            panel.axes.plot(*zip(*corners, strict=True), **DASHED)
+            panel.joins.append(corners)
+        if floor is not None:
+            panel.axes.axhline(floor, **DOTTED)
+            shown.append(floor)
         _draw_points(panel, kinds, [STRONG if i in front else WEAK for i in range(len(panel.points))])
         for low, high in (("low", "high"), ("min", "max")):
             if f"{column}_{low}" in panel.lines:
@@ -181,12 +190,14 @@ def _against_quality(frame: pd.DataFrame, costs: Sequence[str]) -> Figure | None
                 bars = [(x, least, most) for x, least, most in ends if not math.isnan(least)]
                 panel.axes.vlines(*zip(*bars, strict=True), color=WEAK, linewidth=0.7, zorder=2)
                 panel.joins += [[(x, least), (x, most)] for x, least, most in bars]
-    shown = [y for panel in panels for y in panel.ys]
+    shown += [y for panel in panels for y in panel.ys]
     lowest = min(shown) / 2  # an interval that reaches down to 0 is cut, so that it does not press the points together
     shown += [max(y, lowest) for panel in panels for join in panel.joins for _, y in join]
     scale_axis(panels[0].axes.yaxis, shown, zero=False)
     panels[0].axes.set_ylabel(_quality_axis(frame, column))
-    return _finish(figure, panels, [Line2D([], [], label="Pareto front (its points dark)", **DASHED)])
+    extra = [Line2D([], [], label="Pareto front (its points dark)", **DASHED)] if ranked else []
+    extra += [Line2D([], [], label="floor (real images)", **DOTTED)] if floor is not None else []
+    return _finish(figure, panels, extra)
 
 
 @styled

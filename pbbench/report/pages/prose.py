@@ -18,6 +18,7 @@ from pbbench.report.tables.memory import meters
 from pbbench.report.tables.missing import failures
 from pbbench.report.tables.scores import intervals, quality, quality_names
 from pbbench.report.tables.tradeoff import tradeoff
+from pbbench.report.verdict import RULE, verdict
 
 READING = (
     (
@@ -50,8 +51,9 @@ READING = (
     (
         "Quality",
         "Lower distances and losses are better; higher precision and recall are better. The seam score compares steps in "
-        "brightness across patch borders with those elsewhere, relative to real images: 1 means no visible seams. Distances "
-        "compare only at the same number of images, the same reference images and the same extractor.",
+        "brightness across patch borders with those elsewhere, relative to real images: 1 means no visible seams; noise "
+        "hides seams from it, and not from the seam excess, the root-mean-square step at a border in grey levels beyond that "
+        "of real images. Distances compare only at the same number of images, reference images and extractor.",
     ),
 )
 
@@ -79,10 +81,14 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
     counts = sorted({s["num_images"] for s in scores.values() if "num_images" in s})
     if "frechet_inception_distance" in names and counts and counts[0] < 10_000:
         said.append(f"FID{tag(counts)} lies above what more images would give; compare it only with FID of as many.")
+    judged = verdict(cells)
+    if judged is not None:
+        opening = "This run ranks its dividers." if judged.ranks else "This run does not rank its dividers."
+        said += [" ".join([opening, *judged.said]), f"The rule: {RULE}"]
     if any(intervals(cells).values()):
         said.append(
-            "95% intervals are over the draw of samples alone: how far the figure would move if the same model drew as many "
-            "others. They leave out the bias of so many images and the difference another training makes."
+            "95% intervals are over the draw of samples alone: how far the mean of the figure over such draws may lie from "
+            "the one that was found. They leave out the bias of so many images and the difference another training makes."
         )
     patches = sorted({str((c.details.get("metrics") or {}).get("patches")) for c in scored} - {"None"})
     if patches:

@@ -13,7 +13,7 @@ from pbbench.report.tables.configurations import STEPS
 from pbbench.report.tables.layout import Table, table_of_lines
 from pbbench.report.tables.memory import ledger_table, meters_table, modules_table, predictions_table, split_table
 from pbbench.report.tables.missing import failures_table, missing_table
-from pbbench.report.tables.quality import bands_table, quality_table
+from pbbench.report.tables.quality import bands_table, differences_table, quality_table
 from pbbench.report.tables.tradeoff import tradeoff_table
 
 
@@ -44,6 +44,7 @@ def sections(run: Run, pictures: Sequence[Picture], notes: Sequence[str]) -> lis
         else None,
         *(_headed(2, split_table(cells, step)) for step in STEPS),
         Section("Quality", bullets=quality_statements(cells), table=quality_table(cells)),
+        _headed(3, differences_table(cells)),
         _headed(3, bands_table(cells)),
         Section("What was measured", lines=["Meters that gave a reading:"] * bool(meters), bullets=meters),
         _headed(3, table_of_lines("Machine and versions", ("name", "value"), machine(run.environment), words=2)),

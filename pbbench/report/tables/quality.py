@@ -6,11 +6,21 @@ from collections.abc import Iterable, Sequence
 
 from pbbench.records.cells import CellResult
 from pbbench.records.quality_names import quality_header, quality_label
+from pbbench.records.uncertainty import Estimate
 from pbbench.report.tables.configurations import finite, median
 from pbbench.report.tables.formatting import UNKNOWN, number, spaced, whole, with_range
 from pbbench.report.tables.held_equal import trained_from
 from pbbench.report.tables.layout import Column, Table, subject_columns, text_column
-from pbbench.report.tables.scores import Subject, intervals, quality, quality_names, spreads, subjects
+from pbbench.report.tables.scores import (
+    Subject,
+    floors,
+    intervals,
+    quality,
+    quality_names,
+    spreads,
+    subjects,
+)
+from pbbench.report.verdict import seams_of_whole, verdict
 
 SECONDS = {"train_seconds": "training (s)", "sample_seconds": "sampling (s)", "score_seconds": "scoring (s)"}
 
@@ -21,6 +31,7 @@ def quality_table(cells: Sequence[CellResult]) -> Table | None:
     if not found:
         return None
     scores, ranges, trained = quality(cells), intervals(cells), spreads(cells)
+    known, undivided = floors(cells), {name: seams_of_whole(cells, name) for name in ("seam_score", "seam_excess")}
     groups = list(found.values())
     rows = [[r for c in group for r in c.rows if r.phase == "quality"] for group in groups]
     counts = [r.num_images for own in rows for r in own]
@@ -31,13 +42,20 @@ def quality_table(cells: Sequence[CellResult]) -> Table | None:
             ends = [trained.get(s, {}).get(name) or ranges.get(s, {}).get(name) for s in found]
             texts = [with_range(number, scores.get(s, {}).get(name), *(end or ())) for s, end in zip(found, ends, strict=True)]
             columns.append(Column(quality_header(name, counts), texts, title=quality_label(name, counts)))
+        if name in known:
+            columns.append(
+                Column(("floor",), [number(known[name])] * len(found), title=f"floor of the {quality_label(name, counts)}")
+            )
+        elif undivided.get(name):
+            at_lines = [number(median(undivided[name].get(s[1], ()))) if not s[0] else UNKNOWN for s in found]
+            columns.append(Column(("d = 1", "there"), at_lines, title=f"{quality_label(name)} of d = 1 at the same lines"))
     if any(trained.values()):
         notes.append(f"Trained {trained_from(cells)}: the median, in brackets the least and the most.")
         columns.append(Column(("trainings",), [f"{sum(c.status == 'ok' for c in g)} of {len(g)}" for g in groups]))
     if any(ranges.values()):
         notes.append(
-            "In brackets the 95% interval over the draw of samples (grouped jackknife); the reference images are taken as "
-            "fixed, and what another training would change is not in it."
+            "In brackets the 95% interval of the mean over draws of samples (grouped jackknife); the reference images are "
+            "taken as fixed, and what another training would change is not in it."
         )
     columns.append(Column(("images scored",), [_whole(r.num_images for r in own) for own in rows]))
     references = [_whole(c.details.get("num_reference_images") for c in group) for group in groups]
@@ -51,6 +69,41 @@ def quality_table(cells: Sequence[CellResult]) -> Table | None:
             columns.append(Column((header,), [number(value) for value in seconds]))
     columns.append(text_column("status", ["; ".join(dict.fromkeys(spaced(c.status) for c in group)) for group in groups]))
     return Table("Quality of each divider", columns, notes)
+
+
+def differences_table(cells: Sequence[CellResult]) -> Table | None:
+    """What each divider has more of than the smallest one, with the two parts of its interval."""
+    judged = verdict(cells)
+    if judged is None or judged.distance is None:
+        return None
+    first = min(pair.a for pair in judged.pairs)
+    against = [pair for pair in judged.pairs if pair.a == first]
+    columns = [Column(("d",), [str(pair.b) for pair in against])]
+    named = quality_label(judged.distance, [])
+    for header, title, kind in (
+        (("distance",), named, "distance"),
+        (("held-out", "loss"), "held-out denoising loss", "loss"),
+        (("seams",), "seam excess, squared (grey levels²)", "seams"),
+    ):
+        found: list[Estimate | None] = [getattr(pair, kind) for pair in against]
+        if any(found):
+            columns.append(Column(header, [_signed(e) for e in found], title=f"{title}, more than d = {first}"))
+            for part in ("sampling", "training", "reach"):
+                reaches = [e and getattr(e, part) for e in found]
+                if any(reach is not None for reach in reaches):
+                    words = {"sampling": "± by samples", "training": "± by training", "reach": "± in all"}[part]
+                    columns.append(Column((words,), [number(reach) for reach in reaches], title=f"{title}, {words}"))
+    notes = [
+        f"± is the reach of a 95% interval. Dividers drew the same images from the same noise, so differences to "
+        f"d = {first} are taken group by group of samples (paired), and are more certain than the figures themselves."
+    ]
+    if judged.trained_once:
+        notes.append("Each divider was trained once: what another training would change is not known.")
+    return Table(f"Differences to d = {first}", columns, notes)
+
+
+def _signed(found: Estimate | None) -> str:
+    return UNKNOWN if found is None else f"{'+' if found.value > 0 else ''}{number(found.value)}"
 
 
 def _whole(values: Iterable[int | None]) -> str:

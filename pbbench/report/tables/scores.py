@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import pandas as pd
 
 from pbbench.records.cells import CellResult
-from pbbench.records.rows import COLUMNS
+from pbbench.records.rows import COLUMNS, Row
+from pbbench.records.uncertainty import Training
 from pbbench.report.tables.configurations import finite, grouped, median
 
 # Distances by honest name, the one that ranks first; some stand only in a cell's metrics, not in its rows.
@@ -25,7 +26,15 @@ DISTANCES = (
     "unverified_inception_patch_frechet_distance",
     "random_features_patch_frechet_distance",
 )
-QUALITY = (*DISTANCES, "precision", "recall", "seam_score", "held_out_loss", "num_images", "images_seen")
+HIGHER_IS_BETTER = (
+    "precision",
+    "recall",
+    "unverified_inception_precision",
+    "unverified_inception_recall",
+    "random_features_precision",
+    "random_features_recall",
+)
+QUALITY = (*DISTANCES, *HIGHER_IS_BETTER, "seam_score", "seam_excess", "held_out_loss", "num_images", "images_seen")
 Subject = tuple[str, int]
 """(variant, divider): what is trained and scored."""
 Ranges = dict[Subject, dict[str, tuple[float, float]]]
@@ -38,28 +47,49 @@ def subjects(cells: Iterable[CellResult]) -> dict[Subject, list[CellResult]]:
     return {(variant, d): found[variant, d] for variant, d in sorted(key for key in found if key[1] is not None)}
 
 
-def trainings(cells: Iterable[CellResult]) -> dict[Subject, dict[str, list[float]]]:
+def trainings(cells: Iterable[CellResult]) -> dict[Subject, dict[str, list[Training]]]:
     """Subject → its quality figures, by honest name, one per training; only those that have a value."""
-    found: dict[Subject, dict[str, list[float]]] = {}
+    found: dict[Subject, dict[str, list[Training]]] = {}
     for subject, members in subjects(cells).items():
-        for cell, row in ((c, r) for c in members for r in c.rows if (r.phase, r.status) == ("quality", "ok")):
+        for cell, row in scored(members):
             metrics = cell.details.get("metrics") or {}
-            for name in QUALITY:
-                values = finite([getattr(row, name) if name in COLUMNS else metrics.get(name)])
-                if values:
-                    found.setdefault(subject, {}).setdefault(name, []).extend(values)
+            left_out = metrics.get("left_out") or {}
+            draw = (row.seed, row.num_images, cell.details.get("reference"))
+            for name in (*QUALITY, "seam_excess_square"):
+                for value in finite([getattr(row, name) if name in COLUMNS else metrics.get(name)]):
+                    found.setdefault(subject, {}).setdefault(name, []).append(Training(value, left_out.get(name), draw))
     return found
+
+
+def scored(cells: Iterable[CellResult]) -> list[tuple[CellResult, Row]]:
+    """The cells that were scored, each with its row of quality."""
+    return [(cell, row) for cell in cells for row in cell.rows if (row.phase, row.status) == ("quality", "ok")]
+
+
+def floors(cells: Iterable[CellResult]) -> dict[str, float]:
+    """Distance → its floor, the same of as many real images; only where all trainings that have it say the same."""
+    found: dict[str, set[float]] = {}
+    for cell, _ in scored(c for c in cells if c.kind == "quality"):
+        floor = (cell.details.get("metrics") or {}).get("floor") or {}
+        for name in DISTANCES:
+            for value in finite([floor.get(name)]):
+                found.setdefault(name, set()).add(value)
+    return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 
 def quality(cells: Iterable[CellResult]) -> dict[Subject, dict[str, float]]:
     """Subject → its quality figures: the medians over its trainings."""
-    return {s: {name: median(values) for name, values in named.items()} for s, named in trainings(cells).items()}
+    found = trainings(cells).items()
+    return {s: {name: median([t.value for t in own]) for name, own in named.items()} for s, named in found}
 
 
 def spreads(cells: Iterable[CellResult]) -> Ranges:
     """Subject → the least and the most of its figures, of those trained several times."""
-    found = trainings(cells)
-    return {s: {n: (min(v), max(v)) for n, v in named.items() if len(v) > 1} for s, named in found.items()}
+    found: Ranges = {}
+    for subject, named in trainings(cells).items():
+        values = {name: [t.value for t in own] for name, own in named.items() if len(own) > 1}
+        found[subject] = {name: (min(own), max(own)) for name, own in values.items()}
+    return found
 
 
 def intervals(cells: Iterable[CellResult]) -> Ranges:
@@ -70,7 +100,8 @@ def intervals(cells: Iterable[CellResult]) -> Ranges:
         well = [cell for cell in members if cell.status == "ok"]
         if len(well) == 1:
             metrics = well[0].details.get("metrics") or {}
-            given = {name: finite(metrics.get(f"{name}_interval") or ()) for name in (*DISTANCES, "seam_score")}
+            names = (*DISTANCES, "seam_score", "seam_excess")
+            given = {name: finite(metrics.get(f"{name}_interval") or ()) for name in names}
             found[subject] = {name: (v[0], v[1]) for name, v in given.items() if len(v) == 2}
     return found
 

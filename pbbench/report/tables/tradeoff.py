@@ -26,7 +26,17 @@ from pbbench.report.tables.configurations import (
 from pbbench.report.tables.formatting import byte_unit, number, percent, spaced
 from pbbench.report.tables.held_equal import held_equal, trained_from
 from pbbench.report.tables.layout import Table, bytes_column, figure_column, fixed_settings, settings_columns, text_column
-from pbbench.report.tables.scores import distance_column, intervals, quality, quality_names, sample_counts, spreads, subjects
+from pbbench.report.tables.scores import (
+    distance_column,
+    floors,
+    intervals,
+    quality,
+    quality_names,
+    sample_counts,
+    spreads,
+    subjects,
+)
+from pbbench.report.verdict import verdict
 
 
 def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
@@ -37,7 +47,8 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     configuration was repeated, or trained from several seeds, the figure is the median and ``*_min``, ``*_max`` stand beside
     it. ``train_seconds``, of the whole training, only where the memory is held equal. Columns of quality, of prediction errors
     and of ``*_joules_per_image`` only where some line has them; ``*_low`` and ``*_high`` are a distance's 95% interval.
-    ``frame.attrs["memory_column"]`` names the meter behind the peaks.
+    ``frame.attrs["memory_column"]`` names the meter behind the peaks, ``"verdict"`` says whether the experiment's dividers are
+    ranked (None: fewer than two have a distance), ``"floors"`` has the distances of real images.
     """
     cells = list(cells)
     column, given = memory_column(cells), memory_given(cells)
@@ -76,7 +87,7 @@ def tradeoff(cells: Iterable[CellResult]) -> pd.DataFrame:
     frame = pd.DataFrame(lines)
     optional = ("_prediction_error", "_joules_per_image")
     frame = frame.drop(columns=[c for c in frame.columns if c.endswith(optional) and not frame[c].notna().any()])
-    frame.attrs["memory_column"] = column
+    frame.attrs |= {"memory_column": column, "verdict": verdict(cells), "floors": floors(cells)}
     return frame
 
 
@@ -131,7 +142,9 @@ def tradeoff_table(cells: Sequence[CellResult]) -> Table:
     if "train_seconds" in frame and frame["train_seconds"].notna().any():
         columns.append(figure_column(("training", "s"), frame, "train_seconds", number, 1, "training (s)"))
     main, counts = distance_column(frame), sample_counts(frame)
-    for name in dict.fromkeys((main or "held_out_loss", "seam_score", "held_out_loss")):  # the rest: quality's own table
+    for name in dict.fromkeys(
+        (main or "held_out_loss", "seam_score", "seam_excess", "held_out_loss")
+    ):  # the rest: quality's own table
         if name in frame:
             rank, title = 0 if name == main else 3, quality_label(name, counts)
             columns.append(figure_column(quality_header(name, counts), frame, name, number, rank, title))
@@ -149,7 +162,12 @@ def _notes(cells: Sequence[CellResult], frame: pd.DataFrame) -> list[str]:
     if (frame["repeats"] > 1).any():
         notes.append("Median over repeats (least–most).")
     if main:
-        notes.append(f"Quality: {quality_label(main, sample_counts(frame))}; lower is better.")
+        floor = frame.attrs["floors"].get(main)
+        told = f"; its floor, of as many real images: {number(floor)}" if floor is not None else ""
+        notes.append(f"Quality: {quality_label(main, sample_counts(frame))}; lower is better{told}.")
+    judged = frame.attrs["verdict"]
+    if judged is not None and not judged.ranks:
+        notes.append(" ".join(["These figures do not rank the dividers.", *judged.said]))
     notes += [told for told in [held_equal(cells)] if told]
     if any(spreads(cells).values()):
         notes.append(f"Trained {trained_from(cells)}: median (least–most).")
