@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pbbench.model import kernels
+from pbbench.model.lean import softmax_heads, softmax_pixels
+
 HEADS = 4
 HEAD_WIDTH = 32
 
@@ -31,9 +34,57 @@ def linear_attention(y: list[Tensor], qkv: nn.Conv2d, out: nn.Conv2d) -> Tensor:
     dtype, (_, C, h, w) = y[0].dtype, y[0].shape
     weights = (qkv.weight.to(dtype), out.weight.to(dtype), None if out.bias is None else out.bias.to(dtype))
     with torch.autocast(y[0].device.type, enabled=False):
+        if kernels.usable(y[0]):
+            return (_few_pixels_fused if h * w <= C else _many_pixels_fused)(y, *weights)
         if h * w <= C:
             return _few_pixels(y.pop(), *weights)
         return _many_pixels(y.pop(), *weights) if torch.is_grad_enabled() else _head_by_head(y, *weights)
+
+
+# On a GPU, in few launches: all heads at once; the result lies as y does.
+
+
+def _few_pixels_fused(ys: list[Tensor], w_qkv: Tensor, w_out: Tensor, bias: Tensor | None) -> Tensor:
+    """q, k and v are laid channel by channel, so that a head is a matrix: a copy, of a small map."""
+    y = ys.pop()
+    R, C, h, w = y.shape
+    width, heads, channels_last = HEADS * HEAD_WIDTH, (R * HEADS, HEAD_WIDTH, h * w), not y.is_contiguous()
+    qkv = y.permute(0, 2, 3, 1).reshape(-1, C) @ w_qkv.view(3 * width, C).T  # R·hw 3·128
+    del y
+    qkv = qkv.view(R, h * w, 3, width).permute(2, 0, 3, 1).contiguous()
+    q, k, v = qkv.view(3, R, width, h, w).unbind()
+    context = torch.bmm(softmax_pixels(k, overwrite=True).view(heads), v.view(heads).mT)  # R·H D D
+    q = softmax_heads(q, HEAD_WIDTH, overwrite=True, factor=HEAD_WIDTH**-0.5)
+    read = torch.bmm(context.mT, q.view(heads)).view(R, width, h * w)
+    del qkv, q, k, v
+    out = F.linear(read.mT.reshape(-1, width), w_out.view(C, width), bias)  # R·hw C
+    out = out.view(R, h, w, C).permute(0, 3, 1, 2)
+    return out if channels_last else out.contiguous()
+
+
+def _many_pixels_fused(ys: list[Tensor], w_qkv: Tensor, w_out: Tensor, bias: Tensor | None) -> Tensor:
+    """Beside y there is one map of 128 channels at a time."""
+    y = ys.pop()
+    R, C, h, w = y.shape
+    width, channels_last = HEADS * HEAD_WIDTH, not y.is_contiguous()
+    w_q, w_k, w_v = w_qkv.chunk(3)
+    k = softmax_pixels(F.conv2d(y, w_k), overwrite=True)
+    seen = torch.bmm(k.flatten(2), y.flatten(2).mT)  # R H·D C: k yᵀ
+    del k
+    of_all = (seen @ w_v.view(width, C).T).view(R, HEADS, HEAD_WIDTH, HEADS, HEAD_WIDTH)  # a head's keys, every head's values …
+    del seen
+    context = of_all.diagonal(dim1=1, dim2=3).permute(3, 2, 0, 1).reshape(HEADS, HEAD_WIDTH, -1)  # … and its own: H D R·D
+    del of_all
+    reader = torch.bmm(w_out.view(C, HEADS, HEAD_WIDTH).transpose(0, 1), context)  # H C R·D
+    reader = reader.view(HEADS, C, R, HEAD_WIDTH).permute(2, 1, 0, 3).reshape(R, C, width)
+    q = F.conv2d(y, w_q)
+    del y
+    q = softmax_heads(q, HEAD_WIDTH, overwrite=True, factor=HEAD_WIDTH**-0.5).flatten(2)  # R H·D hw
+    if channels_last:
+        out = torch.bmm(q.mT, reader.mT) if bias is None else torch.baddbmm(bias, q.mT, reader.mT)  # R hw C
+        return out.view(R, h, w, C).permute(0, 3, 1, 2)
+    out = torch.bmm(reader, q) if bias is None else torch.baddbmm(bias.view(1, C, 1), reader, q)
+    return out.view(R, C, h, w)
 
 
 def _few_pixels(y: Tensor, w_qkv: Tensor, w_out: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,8 +27,8 @@ class ChannelLayerNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
-    def forward(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
-        return channel_norm(x, self.scale, self.shift, overwrite=overwrite)
+    def forward(self, x: Tensor, *, overwrite: bool = False, residual: Tensor | None = None) -> Tensor:
+        return channel_norm(x, self.scale, self.shift, overwrite=overwrite, residual=residual)
 
 
 class Block(nn.Module):
@@ -39,9 +39,15 @@ class Block(nn.Module):
         self.conv = Convolution(in_channels, out_channels, 3, padding=1)
         self.norm = nn.GroupNorm(groups, out_channels, eps=1e-5)
 
-    def activate(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Everything after the convolution."""
-        return norm_silu(x, self.norm.weight, self.norm.bias, scale, shift, self.norm.num_groups, self.norm.eps)
+    def activate(
+        self,
+        x: Tensor,
+        modulation: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Everything after the convolution, plus ``residual``."""
+        norm = self.norm
+        return norm_silu(x, norm.weight, norm.bias, modulation, norm.num_groups, norm.eps, residual)
 
 
 class ResidualBlock(nn.Module):
@@ -58,14 +64,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x: R C h w; embedding: R E, after its SiLU. Without gradients never more than three maps are alive."""
-        scale, shift = None, None
-        if self.modulation is not None and embedding is not None:
-            scale, shift = self.modulation(embedding).chunk(2, dim=1)  # R C each
-        y = self.block1.activate(self.block1.conv(x), scale, shift)
+        modulation = None if self.modulation is None or embedding is None else self.modulation(embedding)  # R 2C
+        y = self.block1.activate(self.block1.conv(x), modulation)
         with recomputed(y) if self.recompute else nullcontext():
             y = self.block2.conv(y)
+        if isinstance(self.shortcut, nn.Identity):
+            return self.block2.activate(y, residual=x)
         y = self.block2.activate(y)
-        y += self.shortcut(x)  # in place: nothing keeps what ``activate`` returned
+        y += self.shortcut(x)  # in place: nothing keeps what ``activate`` returned. Made here, not beside y's input
         return y
 
 
@@ -81,19 +87,21 @@ class SelfAttention(nn.Module):
         self.out = nn.Conv2d(HEADS * HEAD_WIDTH, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = recomputing(self.attend, x) if self.recompute else self.attend(x)
-        y += x
-        return y
+        return recomputing(self.attend, x) if self.recompute else self.attend(x)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Ordinary softmax attention."""
+        """x + ordinary softmax attention."""
         R, _, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).view(R, 3, HEADS, HEAD_WIDTH, h * w)
-        # The fused kernels need the last dimension (32) contiguous and the other strides aligned; one copy for all three. Not
-        # contiguous(), which leaves a map of one pixel as it is, with strides of 1 that CUDA's kernels refuse.
-        qkv = qkv.transpose(-2, -1).clone(memory_format=torch.contiguous_format)  # R 3 heads h·w 32
-        read = F.scaled_dot_product_attention(*qkv.unbind(1))  # scale 32^−0.5 is its default
-        return self.out(read.transpose(-2, -1).reshape(R, HEADS * HEAD_WIDTH, h, w))
+        qkv = self.qkv(self.norm(x))
+        # The fused kernels need the last dimension (32) contiguous and the other strides aligned: pixel by pixel in memory, as
+        # channels_last has it already. The strides are then made from the shape: those that a map of one pixel comes with
+        # (1 where there is but one) CUDA's kernels refuse.
+        qkv = qkv.permute(0, 2, 3, 1).reshape(-1).view(R, h * w, 3, HEADS, HEAD_WIDTH)
+        read = F.scaled_dot_product_attention(*qkv.transpose(1, 3).unbind(2))  # R heads h·w 32; scale 32^−0.5 is its default
+        read = read.transpose(1, 2).reshape(R, h, w, HEADS * HEAD_WIDTH).permute(0, 3, 1, 2)
+        y = self.out(read.contiguous() if x.is_contiguous() else read)
+        y += x
+        return y
 
 
 class LinearAttention(SelfAttention):
@@ -104,4 +112,4 @@ class LinearAttention(SelfAttention):
         self.out_norm = ChannelLayerNorm(channels)
 
     def attend(self, x: Tensor) -> Tensor:
-        return self.out_norm(linear_attention([self.norm(x)], self.qkv, self.out), overwrite=True)
+        return self.out_norm(linear_attention([self.norm(x)], self.qkv, self.out), overwrite=True, residual=x)

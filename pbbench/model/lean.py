@@ -35,8 +35,7 @@ def norm_silu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    modulation: Tensor | None,
     groups: int,
     eps: float,
     residual: Tensor | None = None,
@@ -44,11 +43,12 @@ def norm_silu(
     """SiLU(norm(x) · (scale + 1) + shift) [+ residual], norm(x) = (x − mean) / sqrt(var + eps) · weight + bias over each row's
     groups.
 
-    x, residual: R C h w; weight, bias: C; scale, shift: R C, or None for plain SiLU(norm(x)). Returns R C h w in x's dtype.
+    x, residual: R C h w; weight, bias: C; modulation: R 2C, scale and shift, or None for plain SiLU(norm(x)). Returns R C h w
+    in x's dtype.
     """
     if kernels.usable(x):
-        return _NormSiLU.apply(x, weight, bias, scale, shift, groups, eps, residual)
-    y = _NormSiLU.apply(x, weight, bias, scale, shift, groups, eps, None)
+        return _NormSiLU.apply(x, weight, bias, modulation, groups, eps, residual)
+    y = _NormSiLU.apply(x, weight, bias, modulation, groups, eps, None)
     return y if residual is None else y.add_(residual)  # in place: nothing keeps y
 
 
@@ -146,8 +146,7 @@ class _NormSiLU(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
+        modulation: Tensor | None,
         groups: int,
         eps: float,
         residual: Tensor | None,
@@ -155,12 +154,12 @@ class _NormSiLU(torch.autograd.Function):
         ctx.fused = kernels.usable(x)
         if ctx.fused:
             ctx.groups = groups
-            y, mean, rstd = kernels.norm_silu(x, weight, bias, scale, shift, residual, groups, eps)
+            y, mean, rstd = kernels.norm_silu(x, weight, bias, *_scale_and_shift(modulation), residual, groups, eps)
         else:
             x = x.contiguous()
             ctx.groups, ctx.eps = x.shape[0] * groups, eps
-            y, mean, rstd = _norm_silu(x, *_gain_and_offset(x, weight, bias, scale, shift), ctx.groups, eps)
-        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+            y, mean, rstd = _norm_silu(x, *_gain_and_offset(x, weight, bias, modulation), ctx.groups, eps)
+        ctx.save_for_backward(x, weight, bias, modulation, mean, rstd)
         return y
 
     @staticmethod
@@ -168,20 +167,22 @@ class _NormSiLU(torch.autograd.Function):
         """The forward's result (without a residual), made again."""
         ctx.unpacked = ctx.saved_tensors  # within a checkpoint they can be unpacked once; backward takes them from here
         if ctx.fused:
-            return kernels.norm_silu_again(*ctx.unpacked, ctx.groups)
+            x, weight, bias, modulation, mean, rstd = ctx.unpacked
+            return kernels.norm_silu_again(x, weight, bias, *_scale_and_shift(modulation), mean, rstd, ctx.groups)
         x = ctx.unpacked[0]
-        return _norm_silu(x, *_gain_and_offset(*ctx.unpacked[:5]), ctx.groups, ctx.eps)[0]
+        return _norm_silu(x, *_gain_and_offset(*ctx.unpacked[:4]), ctx.groups, ctx.eps)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         saved = ctx.__dict__.pop("unpacked", None) or ctx.saved_tensors
-        x, weight, bias, scale, shift, mean, rstd = saved
+        x, weight, bias, modulation, mean, rstd = saved
+        scale, shift = _scale_and_shift(modulation)
         if ctx.fused:
-            dx, dweight, dbias, dmodulation = kernels.norm_silu_backward(dy, *saved, ctx.groups)
-            modulation = (None, None) if scale is None else dmodulation.chunk(2, 1)
-            return dx, dweight, dbias, *modulation, None, None, dy if ctx.needs_input_grad[7] else None
-        gain, offset = _gain_and_offset(x, weight, bias, scale, shift)
+            parts = kernels.norm_silu_backward(dy, x, weight, bias, scale, shift, mean, rstd, ctx.groups)
+            dmodulation = None if modulation is None else parts[3]
+            return *parts[:3], dmodulation, None, None, dy if ctx.needs_input_grad[6] else None
+        gain, offset = _gain_and_offset(x, weight, bias, modulation)
         hw, dy = x[0, 0].numel(), dy.contiguous()
         dx = None
         dgain, doffset = torch.empty_like(gain), torch.empty_like(offset)
@@ -195,20 +196,26 @@ class _NormSiLU(torch.autograd.Function):
             )
             dx = _place_channels(dx, d, x, c)
         dgain, doffset = dgain.view(x.shape[:2]), doffset.view(x.shape[:2])  # R C
-        if scale is None:
-            return dx, dgain.sum(0).to(weight.dtype), doffset.sum(0).to(bias.dtype), *[None] * 5
+        if modulation is None or scale is None:
+            return dx, dgain.sum(0).to(weight.dtype), doffset.sum(0).to(bias.dtype), *[None] * 4
         dscale = torch.addcmul(dgain * weight, doffset, bias)
         dweight, dbias = (dgain * (scale + 1)).sum(0), (doffset * (scale + 1)).sum(0)
-        dmodulation = dscale.to(scale.dtype), doffset.to(scale.dtype)
-        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), *dmodulation, None, None, None
+        dmodulation = torch.cat((dscale, doffset), 1).to(modulation.dtype)
+        return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), dmodulation, None, None, None
 
 
-def _gain_and_offset(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(modulation: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if modulation is None:
+        return None, None
+    scale, shift = modulation.chunk(2, dim=1)  # R C each
+    return scale, shift
+
+
+def _gain_and_offset(x: Tensor, weight: Tensor, bias: Tensor, modulation: Tensor | None) -> tuple[Tensor, Tensor]:
     """What each channel of each row is multiplied by, and what is added: R·C each. Made again in backward: kept, they would
     be R·C numbers per norm where the parameters are C."""
     gain, offset = (p.to(wide(x.dtype)).expand(x.shape[0], -1) for p in (weight, bias))  # R C
+    scale, shift = _scale_and_shift(modulation)
     if scale is not None and shift is not None:
         gain, offset = gain * (scale + 1), torch.addcmul(shift.to(offset.dtype), offset, scale + 1)
     return gain.flatten(), offset.flatten()
@@ -373,7 +380,7 @@ class Convolution(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         pieces = -(-self.weight.numel() * self.weight.element_size() // self.LARGEST_COPY)
         few_pixels = self.out_channels * x[:, 0].numel() <= self.weight.numel()  # the pieces and the whole exist together
-        if pieces == 1 or not few_pixels or x.device.type != "cpu" or torch.is_grad_enabled():
+        if pieces == 1 or not few_pixels or x.device.type != "cpu" or torch.is_grad_enabled() or kernels.usable(x):
             return super().forward(x)
         biases = self.bias.chunk(pieces) if self.bias is not None else [None] * pieces
         weights = self.weight.chunk(pieces)

@@ -56,6 +56,12 @@ def patch_of(images: Tensor, i: int, j: int, d: int) -> Tensor:
     return images[:, :, i * h : (i + 1) * h, j * w : (j + 1) * w]
 
 
+def _grid(images: Tensor, d: int) -> Tensor:
+    """The patches of ``images`` (N C H W, contiguous: a view) by row and column, d d N C h w."""
+    N, C, H, W = images.shape
+    return images.reshape(N, C, d, H // d, d, W // d).permute(2, 4, 0, 1, 3, 5)
+
+
 def split(images: Tensor, d: int, rows: slice | None = None) -> Tensor:
     """The patches of ``images`` (N C H W) in patch-major order, or those of ``rows`` only: R C h w.
 
@@ -63,8 +69,7 @@ def split(images: Tensor, d: int, rows: slice | None = None) -> Tensor:
     """
     N, C, H, W = images.shape
     if rows is None:
-        grid = images.reshape(N, C, d, H // d, d, W // d)
-        return grid.permute(2, 4, 0, 1, 3, 5).reshape(d * d * N, C, H // d, W // d)
+        return _grid(images, d).reshape(d * d * N, C, H // d, W // d)
     pieces = [patch_of(images, i, j, d)[n] for i, j, n in segments(check_rows(rows, N, d), N, d)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -78,6 +83,9 @@ def merge(patches: Tensor, d: int) -> Tensor:
 
 def write_rows(out: Tensor, patches: Tensor, rows: slice, d: int) -> None:
     """Write the patches of ``rows`` (R C h w) to their places in the images ``out`` (N C H W), in place."""
+    if len(patches) == out.shape[0] * d * d and out.is_contiguous():  # all of them: one copy, not one for each
+        _grid(out, d).copy_(patches.view(d, d, out.shape[0], *patches.shape[1:]))
+        return
     done = 0
     for i, j, n in segments(check_rows(rows, out.shape[0], d), out.shape[0], d):
         patch_of(out, i, j, d)[n] = patches[done : done + n.stop - n.start]
@@ -120,6 +128,12 @@ def network_input(
     x = make(rows.stop - rows.start, 2 * C if with_content else C, h + 2 * border, w + 2 * border)
     if with_content and content is None and len(x) >= N:
         content = global_content(x_t, d)
+    if len(x) == N * d * d and not border:  # all of them: one copy, not one for each
+        grid = x.view(d, d, N, *x.shape[1:])
+        grid[:, :, :, :C] = _grid(x_t, d)
+        if with_content:
+            grid[:, :, :, C:] = content
+        return x
     done = 0
     for i, j, n in segments(rows, N, d):
         piece = x[done : done + n.stop - n.start]

@@ -24,6 +24,7 @@ from pbbench.model.embedding import Embedding
 from pbbench.model.layers import LinearAttention, ResidualBlock, SelfAttention
 from pbbench.model.lean import recomputing
 from pbbench.model.patching import merge, network_input, patch_position, row_chunks, row_images, row_patches
+from pbbench.model.placement import small_weights_cast
 
 
 class Level(nn.Module):
@@ -149,7 +150,8 @@ class PatchUNet(nn.Module):
         """One pass: the patches of ``rows``, with their conditioning, through the network. Returns R C h w."""
         see = partial(network_input, with_content=self.config.global_content, border=self.border)
         # The network's input has no name here, so that it is dropped once it is read.
-        return self._network(see(x_t, content, rows, self.config.patch_divider), embedding).to(x_t.dtype)
+        with small_weights_cast(self):
+            return self._network(see(x_t, content, rows, self.config.patch_divider), embedding).to(x_t.dtype)
 
     def _network(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The U-Net proper: ``network_input`` → R C h w. The skip of the first level is not kept."""

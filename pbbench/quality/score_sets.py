@@ -196,11 +196,13 @@ def _drawn(
     """A checkpoint's samples. Shares go by the extractor's batches: where those are no multiple of the sampler's, the batch on
     the border of two shares is drawn in both processes."""
     from pbbench.model.diffusion import Diffusion
+    from pbbench.model.placement import cast_weights
     from pbbench.training.checkpoint import load_model
     from pbbench.training.generate import draw
 
     device = processes.device(device_name)
     model, experiment = load_model(checkpoint, device)
+    cast_weights(model, experiment.sampling.mixed_precision)
     count = num_images or experiment.quality.num_images
     held, diffusion = processes.share(count, batch_size), Diffusion(experiment.diffusion, device)
     images = [image for _, image in draw(model, diffusion, experiment.sampling, count, device, wanted=held)]

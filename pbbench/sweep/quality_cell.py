@@ -22,6 +22,7 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     import torch
 
     from pbbench.model.diffusion import Diffusion
+    from pbbench.model.placement import cast_weights
     from pbbench.model.sampling import num_inference_steps
     from pbbench.quality.scorecard import real_images, scorecard
     from pbbench.training.checkpoint import load_model
@@ -41,7 +42,9 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     emit("phase", phase="sample")
     settings, count = experiment.sampling, experiment.quality.num_images
     started = time.perf_counter()
+    cast_weights(model, settings.mixed_precision)
     samples = generate(model, diffusion, settings, count, device, lambda state: emit("progress", doing="sample", **state))
+    model, _ = load_model(checkpoint, device)  # uncast, for the held-out loss
     seconds = {"sample_seconds": time.perf_counter() - started}
     grid = f"samples/{cell.id}.png"
     write_grid(run / grid, torch.stack(samples[:GRID_IMAGES]))

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from pbbench.experiment.experiment import Experiment
 from pbbench.memory.prediction.fake import Step
 from pbbench.model.diffusion import Diffusion
+from pbbench.model.placement import arranged, cast_weights
 from pbbench.model.sampling import autocast, sample_step
 from pbbench.model.unet import PatchUNet
 from pbbench.sweep.grid import Cell
@@ -32,7 +33,7 @@ class Workload(Step):
 def build_model(experiment: Experiment, device: torch.device) -> PatchUNet:
     """The network of ``experiment.model``, made where it stays (fake tensors cannot be moved). Its weights are random."""
     with device:
-        return PatchUNet(experiment.model)
+        return arranged(PatchUNet(experiment.model))
 
 
 def _images(experiment: Experiment, cell: Cell, device: torch.device) -> Tensor:
@@ -55,7 +56,7 @@ def _average(experiment: Experiment, model: PatchUNet, device: torch.device) -> 
 
 def sampling_workload(experiment: Experiment, cell: Cell, device: torch.device) -> Workload:
     """One denoising step of ``cell.batch_size`` images at t = T/2, with the noise it adds."""
-    model = build_model(experiment, device).eval().requires_grad_(False)
+    model = cast_weights(build_model(experiment, device), cell.mixed_precision).eval().requires_grad_(False)
     diffusion = Diffusion(experiment.diffusion, device)
     x_t, noise = _images(experiment, cell, device), _images(experiment, cell, device)
     t = torch.full((cell.batch_size,), experiment.diffusion.num_train_timesteps // 2, device=device)

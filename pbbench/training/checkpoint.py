@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from pbbench import __version__
 from pbbench.errors import InputError, one_line, writing_to
 from pbbench.experiment.experiment import Experiment, parse_experiment
+from pbbench.model.placement import arranged
 from pbbench.model.unet import PatchUNet
 from pbbench.processes import is_main_process
 from pbbench.training.optimizers import make_state
@@ -195,7 +196,7 @@ def load_model(
     config = read_config(path)
     experiment = parse_experiment(config["experiment"], f"{path / 'config.json'}")
     with torch.random.fork_rng(devices=[]):  # the initial weights are drawn only to be replaced
-        model = PatchUNet(experiment.model).to(device)
+        model = arranged(PatchUNet(experiment.model).to(device))
     _read_tensors(path / _FILES[which], model.state_dict(), config)
     return model.eval().requires_grad_(False), experiment
 

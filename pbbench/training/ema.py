@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pbbench.experiment.settings import TrainingConfig
+from pbbench.model.placement import arranged
 from pbbench.model.unet import PatchUNet
 
 
@@ -81,7 +82,7 @@ def _empty_like(model: PatchUNet, device: torch.device, dtype: torch.dtype) -> P
     """A network of the same shape, weights not set: made on the meta device, so that no second copy exists meanwhile."""
     with torch.device("meta"):
         network = PatchUNet(model.config)
-    return network.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    return arranged(network.to(dtype).to_empty(device=device)).eval().requires_grad_(False)
 
 
 @torch.no_grad()

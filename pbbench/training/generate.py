@@ -21,6 +21,7 @@ from pbbench.errors import InputError, writing_to
 from pbbench.experiment.experiment import Experiment, merge, parse_experiment
 from pbbench.experiment.settings import SamplingConfig
 from pbbench.model.diffusion import Diffusion
+from pbbench.model.placement import cast_weights
 from pbbench.model.sampling import sample, to_uint8
 from pbbench.model.unet import PatchUNet
 from pbbench.processes import joined_processes
@@ -93,6 +94,7 @@ def sample_to_folder(
         device = processes.device(device_name)
         model, experiment = load_model(checkpoint, device)
         experiment = sample_settings(experiment, overrides)
+        cast_weights(model, experiment.sampling.mixed_precision)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"--out {out} is not an empty folder; choose another, nothing is written over")
         with writing_to(out):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pbbench.errors import InputError, one_line
 from pbbench.experiment.experiment import Experiment, differences, parse_experiment
 from pbbench.experiment.presets import load_experiment
+from pbbench.model.placement import arranged
 from pbbench.model.unet import PatchUNet
 from pbbench.training.checkpoint import last_good, read_config
 
@@ -21,7 +22,7 @@ def build_network(experiment: Experiment, device: str | torch.device = "cpu") ->
     """The network with weights drawn from ``experiment.seed``: on the CPU, so that they are the same for every device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.seed)
-        return PatchUNet(experiment.model).set_recompute(experiment.training.recompute).to(device)
+        return arranged(PatchUNet(experiment.model).set_recompute(experiment.training.recompute).to(device))
 
 
 def build_accelerator(experiment: Experiment, device: str | torch.device = "auto", *, out: Path | None = None) -> Any:

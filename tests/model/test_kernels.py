@@ -86,10 +86,10 @@ def check_norm(
     affine, modulation = norm_parts(*shape[:2], dtype)
     more = random_map(shape, dtype, layout) if residual else None
 
-    def function(x: Tensor, weight: Tensor, bias: Tensor, scale: Any, shift: Any, more: Any) -> Tensor:
-        return lean.norm_silu(x, weight, bias, scale, shift, groups, 1e-5, more)
+    def function(x: Tensor, weight: Tensor, bias: Tensor, modulation: Any, more: Any) -> Tensor:
+        return lean.norm_silu(x, weight, bias, modulation, groups, 1e-5, more)
 
-    inputs = [x, *affine, *(modulation if modulated else (None, None)), more]
+    inputs = [x, *affine, torch.cat(modulation, 1) if modulated else None, more]
     y = assert_equals_float64(function, inputs, random_map(shape, dtype, layout, 0.0))
     assert y.stride() == x.stride()
 
@@ -155,7 +155,7 @@ def test_recomputed_takes_it_from_there() -> None:
     affine, modulation = norm_parts(1, 4, torch.float32)
     gradients = []
     for again in (False, True):
-        y = lean.norm_silu(x, *affine, *modulation, 2, 1e-5)
+        y = lean.norm_silu(x, *affine, torch.cat(modulation, 1), 2, 1e-5)
         with lean.recomputed(y) if again else torch.enable_grad():
             out = convolution(y)
         gradients.append(torch.autograd.grad(out.sin().sum(), [x, *convolution.parameters()]))
@@ -170,7 +170,7 @@ def test_maps_are_read_as_they_lie(small_tiles: None) -> None:
     more = random_map((2, 6, 3, 5), torch.float32, torch.contiguous_format)
 
     def function(x: Tensor, weight: Tensor, bias: Tensor, more: Tensor) -> Tensor:
-        return lean.norm_silu(x, weight, bias, None, None, 2, 1e-5, more)
+        return lean.norm_silu(x, weight, bias, None, 2, 1e-5, more)
 
     everywhere_the_same = torch.randn(2, 6, 1, 1, device=DEVICE).expand(2, 6, 3, 5)
     assert_equals_float64(function, [both[:, 3:9], *affine, more], everywhere_the_same)
@@ -337,12 +337,13 @@ def test_nothing_is_made_but_the_results(layout: torch.memory_format, divided: b
     x = random_map((2, 16, 8, 8), torch.bfloat16, layout)
     affine, modulation = norm_parts(2, 16, torch.bfloat16)
     scale, shift = channel_parameters(16)
+    both = torch.cat(modulation, 1)
     one_map, statistics = x.nbytes, 2 * 2 * 2 * 4
     parts = 2 * 2 * 4 * 2 * 4 if divided else 0
     spans = 2 * 16 * 2 * 2 * 4 if divided else 0
     with torch.no_grad():
         made = {
-            "norm": made_bytes(lambda: lean.norm_silu(x, *affine, *modulation, 2, 1e-5, x)),
+            "norm": made_bytes(lambda: lean.norm_silu(x, *affine, both, 2, 1e-5, x)),
             "channel": made_bytes(lambda: lean.channel_norm(x, scale, shift, residual=x)),
             "heads": made_bytes(lambda: lean.softmax_heads(x, 4)),
             "channel_": made_bytes(lambda: lean.channel_norm(x, scale, shift, overwrite=True)),

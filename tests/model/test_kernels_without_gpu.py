@@ -31,12 +31,12 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    """``test_kernels.py``, all of it. The interpreter of Triton 3.6 counts its loops in a way that NumPy 2.4 has given up."""
+    """Both files of tests. The interpreter of Triton 3.6 counts its loops in a way that NumPy 2.4 has given up."""
     triton, numpy = pytest.importorskip("triton"), pytest.importorskip("numpy")
     if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip(f"the interpreter of Triton {triton.__version__} does not run with NumPy {numpy.__version__}")
-    file = Path(__file__).with_name("test_kernels.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    files = [str(Path(__file__).with_name(name)) for name in ("test_kernels.py", "test_kernels_network.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:]
     assert "skipped" not in done.stdout
@@ -211,10 +211,10 @@ def launches(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Of one norm_silu and one channel_norm, forward and backward, on aten's kernels of a GPU."""
     with FakeTensorMode(), torch.device("cuda"), kernels.nowhere():
         x, weight, scale = torch.empty(shape, dtype=dtype), torch.empty(shape[1]), torch.empty(1, shape[1], 1, 1)
-        modulation = torch.empty(shape[0], 2 * shape[1], dtype=dtype).chunk(2, 1)
+        modulation = torch.empty(shape[0], 2 * shape[1], dtype=dtype)
         with Launches() as counted:
             context = Context()
-            lean._NormSiLU.backward(context, lean._NormSiLU.forward(context, x, weight, weight, *modulation, 8, 1e-5, None))
+            lean._NormSiLU.backward(context, lean._NormSiLU.forward(context, x, weight, weight, modulation, 8, 1e-5, None))
             context = Context()
             lean._ChannelNorm.backward(context, lean._ChannelNorm.forward(context, x, scale, scale, 1e-5, None))
     return counted.count

@@ -33,26 +33,25 @@ SIXTEEN_BITS = [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
 
 
 def norm_inputs(dtype: torch.dtype, modulated: bool, requires_grad: bool = True) -> list[Any]:
-    """x (far from mean 0), weight, bias, scale, shift for three rows of eight channels."""
+    """x (far from mean 0), weight, bias, modulation for three rows of eight channels."""
     x = torch.randn(3, 8, 4, 6, dtype=dtype) * 2 + 3
     weight, bias = torch.randn(2, 8, dtype=dtype)
-    both = torch.randn(3, 16, dtype=dtype)
-    inputs = [x, weight, bias, *(both.chunk(2, 1) if modulated else (None, None))]
+    inputs = [x, weight, bias, torch.randn(3, 16, dtype=dtype) if modulated else None]
     return [value.clone().requires_grad_(requires_grad) if value is not None else None for value in inputs]
 
 
 @pytest.mark.parametrize("modulated", [True, False])
 @pytest.mark.parametrize("groups", [1, 4, 8])
 def test_norm_silu_is_the_plain_block(groups: int, modulated: bool) -> None:
-    x, weight, bias, scale, shift = norm_inputs(torch.float64, modulated)
+    x, weight, bias, modulation = norm_inputs(torch.float64, modulated)
     p = {"b.proj.weight": torch.eye(8, dtype=x.dtype).view(8, 8, 1, 1), "b.proj.bias": torch.zeros(8, dtype=x.dtype)}
     p["b.proj.weight"] = nn.functional.pad(p["b.proj.weight"], (1, 1, 1, 1))  # a 3×3 convolution that changes nothing
     p |= {"b.norm.weight": weight, "b.norm.bias": bias}
-    expected = plain.block(p, "b", x, groups, torch.cat((scale, shift), 1) if modulated else None)
-    out = norm_silu(x, weight, bias, scale, shift, groups, 1e-5)
+    expected = plain.block(p, "b", x, groups, modulation)
+    out = norm_silu(x, weight, bias, modulation, groups, 1e-5)
     torch.testing.assert_close(out, expected)
     pull = torch.randn_like(out)
-    inputs = [value for value in (x, weight, bias, scale, shift) if value is not None]
+    inputs = [value for value in (x, weight, bias, modulation) if value is not None]
     for ours, theirs in zip(*(torch.autograd.grad(y, inputs, pull) for y in (out, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -69,21 +68,21 @@ def test_norm_silu_in_16_bits_takes_statistics_in_float32(
 ) -> None:
     """Piece by piece, forward and backward: the exact result rounded once, and float32 parameters with float32 gradients."""
     monkeypatch.setattr(lean, "PIECE", 100)  # 48 elements a group: two groups of the twelve at a time
-    x, weight, bias, scale, shift = norm_inputs(torch.float32, modulated)
+    x, weight, bias, modulation = norm_inputs(torch.float32, modulated)
     narrow = x.detach().to(dtype).requires_grad_()
     wide = narrow.detach().float().requires_grad_()
-    out, expected = (norm_silu(value, weight, bias, scale, shift, 4, 1e-5) for value in (narrow, wide))
+    out, expected = (norm_silu(value, weight, bias, modulation, 4, 1e-5) for value in (narrow, wide))
     assert out.dtype == dtype
     assert (out.float() - expected).abs().max() <= step * expected.abs().max()
     pull = torch.randn_like(expected).to(dtype)
-    others = [value for value in (weight, bias, scale, shift) if value is not None]
+    others = [value for value in (weight, bias, modulation) if value is not None]
     ours = torch.autograd.grad(out, [narrow, *others], pull)
     theirs = torch.autograd.grad(expected, [wide, *others], pull.float())
     for mine, exact in zip(ours, theirs, strict=True):
         assert (mine.float() - exact).abs().max() <= step * exact.abs().max() + 1e-6
     assert {gradient.dtype for gradient in ours[1:]} == {torch.float32}
     with torch.no_grad():
-        assert torch.equal(norm_silu(narrow, weight, bias, scale, shift, 4, 1e-5), out)
+        assert torch.equal(norm_silu(narrow, weight, bias, modulation, 4, 1e-5), out)
 
 
 def kept_for_backward(function: Any) -> int:
@@ -105,10 +104,11 @@ def kept_for_backward(function: Any) -> int:
 def test_what_a_block_keeps_is_its_input_and_little_else() -> None:
     x = torch.randn(2, 16, 32, 32, requires_grad=True)
     weight, bias = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
-    scale, shift = (nn.Parameter(torch.zeros(2, 16)) for _ in range(2))
-    ours = kept_for_backward(lambda: norm_silu(x * 1, weight, bias, scale, shift, 8, 1e-5))
+    modulation = nn.Parameter(torch.zeros(2, 32))
+    ours = kept_for_backward(lambda: norm_silu(x * 1, weight, bias, modulation, 8, 1e-5))
 
     def layers() -> Tensor:
+        scale, shift = modulation.chunk(2, 1)
         y = nn.functional.group_norm(x * 1, 8, weight, bias) * (scale + 1)[..., None, None] + shift[..., None, None]
         return nn.functional.silu(y)
 
@@ -123,7 +123,7 @@ def test_recomputed_keeps_the_way_and_not_the_result() -> None:
     convolution = nn.Conv2d(16, 16, 3, padding=1)
 
     def run(again: bool) -> Tensor:
-        y = norm_silu(x * 1, *parameters, None, None, 8, 1e-5)
+        y = norm_silu(x * 1, *parameters, None, 8, 1e-5)
         with recomputed(y) if again else torch.enable_grad():
             return convolution(y)
 

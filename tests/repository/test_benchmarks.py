@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import data_loading
+import gpu
 import memory_rule
 import memory_table
 import meter_overhead
@@ -135,3 +136,57 @@ def test_overhead_of_every_meter_is_written(tmp_path):
     assert found["operators"] > 100
     text = (tmp_path / "overhead.md").read_text(encoding="utf-8")
     assert all(f"| {name} |" in text for name in median)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("divider", [1, 8])
+def test_one_pass_on_a_gpu_launches_few_operators(divider, precision):
+    """The limits of the design; bf16 launches hardly more than float32, and the path of a CPU more than twice as much."""
+    assert gpu.counted("sample", divider, precision, "all", "cuda") <= 250
+    assert gpu.counted("train", divider, precision, "all", "cuda") <= 700
+
+
+def test_operators_of_many_passes_are_counted_from_three():
+    few, every = (gpu.counted("sample", 2, "no", "index", "aten", every=every) for every in (False, True))
+    assert few == every == 2597
+    assert gpu.counted("sample", 1, "no", "all", "aten") == 720  # as the network was counted before there were fused operators
+
+
+def test_without_a_gpu_only_operators_are_counted(capsys, monkeypatch, tmp_path):
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "--counts" in capsys.readouterr().err
+    monkeypatch.setattr(gpu, "WAYS", [(1, "all")])
+    monkeypatch.setattr(gpu, "PRECISIONS", ("no",))
+    assert gpu.main(["--counts", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["path"]) for row in rows] == [
+        ("sample", "aten"),
+        ("sample", "cuda"),
+        ("train", "aten"),
+        ("train", "cuda"),
+    ]
+    assert set(rows[0]) == {"step", "divider", "precision", "passes", "path", "operators"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_times_stand_beside_those_of_the_released_code():
+    row = {"step": "train", "divider": 4, "batch": 8, "precision": "no", "passes": "index", "milliseconds": 132.08}
+    sizes = {"least_milliseconds": 131.0, "allocated_bytes": 2**30, "reserved_bytes": 2**31}
+    known, unknown = gpu.with_ratios([row, row | {"batch": 3}])
+    assert known["of_released"] == pytest.approx(2.0)
+    assert unknown["of_released"] is None
+    counts = [{**{k: row[k] for k in ("step", "divider", "precision", "passes")}, "path": "cuda", "operators": 12633}]
+    text = gpu.markdown({"gpu": "a card", "torch": "2.11", "rows": [known | sizes, unknown | sizes], "counts": counts})
+    assert "| train | 4 | 8 | float32 | index | 132.1 (131.0) | 2.00 | 1,024 | 2,048 | 12,633 |" in text
+    assert "| 3 | float32 | index | 132.1 (131.0) | – |" in text
+
+
+def test_the_released_codes_times_are_the_shared_ones(shared):
+    measured = json.loads((shared / "data" / "h200" / "speed.json").read_text())["rows"]
+    theirs = {(r["step"], r["d"], r["batch"]): (r["ms"], r["peak_allocated"]) for r in measured if r["who"] == "reference"}
+    ours = json.loads(gpu.RELEASED.read_text())["rows"]
+    assert len(ours) == len(theirs)
+    for row in ours:
+        milliseconds, peak = theirs[row["step"], row["divider"], row["batch"]]
+        assert row["milliseconds"] == pytest.approx(milliseconds, abs=0.01)
+        assert row["allocated_bytes"] == peak

@@ -53,14 +53,14 @@ def predict(make: Callable[[], Step], *, warm: bool = True, record_events: bool 
     with FakeTensorMode(), AsKernelsDo():
         step = make()
         if warm and step.optimizer is not None:
-            _make_state(step.optimizer)
+            make_state(step.optimizer)
         live = step.trace(record_events=record_events)
         if warm and live.end_bytes != live.start_bytes:
             live = step.trace(record_events=record_events)
         return live
 
 
-def _make_state(optimizer: Any) -> None:
+def make_state(optimizer: Any) -> None:
     """An optimizer makes its state in its first step: let it step on zeros, which costs less than the real first step."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and p.grad is None]
     if optimizer.state:
