@@ -3,8 +3,7 @@
 Shapes: R rows (patches in the pass), C channels, h × w pixels of the current level, E = 4·dim the embedding's width.
 Sources: Ho et al. 2020 (residual blocks), Nichol and Dhariwal 2021 (scale and shift), Shen et al. 2021 (linear attention),
 put together as in the code released with Arakawa et al. 2023, whose trained weights must load (``reference.py``).
-Under autocast maps have the lower precision and the statistics of a normalisation float32.
-How the parts do with little memory is in ``lean`` and ``attention``; here is what they are.
+Under autocast maps have the lower precision, statistics float32. How they do with little memory: ``lean`` and ``attention``.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pbbench.model.attention import HEAD_WIDTH, HEADS, linear_attention
+from pbbench.model.attention import HEAD_WIDTH, HEADS, linear_attention, softmax_attention
 from pbbench.model.lean import Convolution, channel_norm, norm_silu, recomputed, recomputing
 
 
@@ -39,12 +37,7 @@ class Block(nn.Module):
         self.conv = Convolution(in_channels, out_channels, 3, padding=1)
         self.norm = nn.GroupNorm(groups, out_channels, eps=1e-5)
 
-    def activate(
-        self,
-        x: Tensor,
-        modulation: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
+    def activate(self, x: Tensor, modulation: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """Everything after the convolution, plus ``residual``."""
         norm = self.norm
         return norm_silu(x, norm.weight, norm.bias, modulation, norm.num_groups, norm.eps, residual)
@@ -71,8 +64,7 @@ class ResidualBlock(nn.Module):
         if isinstance(self.shortcut, nn.Identity):
             return self.block2.activate(y, residual=x)
         y = self.block2.activate(y)
-        y += self.shortcut(x)  # in place: nothing keeps what ``activate`` returned. Made here, not beside y's input
-        return y
+        return y.add_(self.shortcut(x))  # in place: nothing keeps y. The shortcut is not made beside the norm's input
 
 
 class SelfAttention(nn.Module):
@@ -91,17 +83,7 @@ class SelfAttention(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         """x + ordinary softmax attention."""
-        R, _, h, w = x.shape
-        qkv = self.qkv(self.norm(x))
-        # The fused kernels need the last dimension (32) contiguous and the other strides aligned: pixel by pixel in memory, as
-        # channels_last has it already. The strides are then made from the shape: those that a map of one pixel comes with
-        # (1 where there is but one) CUDA's kernels refuse.
-        qkv = qkv.permute(0, 2, 3, 1).reshape(-1).view(R, h * w, 3, HEADS, HEAD_WIDTH)
-        read = F.scaled_dot_product_attention(*qkv.transpose(1, 3).unbind(2))  # R heads h·w 32; scale 32^−0.5 is its default
-        read = read.transpose(1, 2).reshape(R, h, w, HEADS * HEAD_WIDTH).permute(0, 3, 1, 2)
-        y = self.out(read.contiguous() if x.is_contiguous() else read)
-        y += x
-        return y
+        return self.out(softmax_attention(self.qkv(self.norm(x)))).add_(x)
 
 
 class LinearAttention(SelfAttention):

@@ -1,8 +1,7 @@
 """Images to patches and back: pure functions, no parameters.
 
 An image is divided into d × d patches; patch (i, j), row i and column j, has the index k = i·d + j. Patches of a batch are
-numbered patch-major: **row k·N + n is patch k of image n**, the order of the released code, so a
-chunk of consecutive rows is one patch index of every image, a part of one, or straddles several.
+numbered patch-major, as released: **row k·N + n is patch k of image n**. A chunk of rows is one index, a part, or more.
 
 Shapes: images N C H W; patches R C h w with h = H / d, w = W / d and R rows, of P = N·d² in all.
 Nothing here builds more than the rows asked for: that is where the memory of patch-wise generation is saved.
@@ -32,11 +31,9 @@ def row_chunks(num_rows: int, patch_batch_size: int | None) -> list[slice]:
     return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
 
-def check_rows(rows: slice | None, num_images: int, d: int) -> slice:
-    """``rows`` with both ends filled in; None is every row. Raises InputError for an empty, strided or overlong slice."""
+def check_rows(rows: slice, num_images: int, d: int) -> slice:
+    """``rows`` with both ends filled in. Raises InputError for an empty, strided or overlong slice."""
     total = num_images * d * d
-    if rows is None:
-        return slice(0, total)
     start, stop = rows.start or 0, total if rows.stop is None else rows.stop
     if rows.step not in (None, 1) or not 0 <= start < stop <= total:
         raise InputError(f"rows {rows} do not fit {num_images} images of {d}×{d} patches: 0 ≤ start < stop ≤ {total}")
@@ -77,17 +74,16 @@ def split(images: Tensor, d: int, rows: slice | None = None) -> Tensor:
 def merge(patches: Tensor, d: int) -> Tensor:
     """All patches (P C h w, patch-major) back into images (N C H W): the inverse of ``split``."""
     P, C, h, w = patches.shape
-    grid = patches.reshape(d, d, P // (d * d), C, h, w)
-    return grid.permute(2, 3, 0, 4, 1, 5).reshape(P // (d * d), C, d * h, d * w)
+    return patches.reshape(d, d, -1, C, h, w).permute(2, 3, 0, 4, 1, 5).reshape(P // (d * d), C, d * h, d * w)
 
 
 def write_rows(out: Tensor, patches: Tensor, rows: slice, d: int) -> None:
     """Write the patches of ``rows`` (R C h w) to their places in the images ``out`` (N C H W), in place."""
-    if len(patches) == out.shape[0] * d * d and out.is_contiguous():  # all of them: one copy, not one for each
-        _grid(out, d).copy_(patches.view(d, d, out.shape[0], *patches.shape[1:]))
+    N, done = out.shape[0], 0
+    if len(patches) == N * d * d and out.is_contiguous():  # all of them: one copy, not one for each
+        _grid(out, d).copy_(patches.view(d, d, N, *patches.shape[1:]))
         return
-    done = 0
-    for i, j, n in segments(check_rows(rows, out.shape[0], d), out.shape[0], d):
+    for i, j, n in segments(check_rows(rows, N, d), N, d):
         patch_of(out, i, j, d)[n] = patches[done : done + n.stop - n.start]
         done += n.stop - n.start
 
@@ -129,10 +125,9 @@ def network_input(
     if with_content and content is None and len(x) >= N:
         content = global_content(x_t, d)
     if len(x) == N * d * d and not border:  # all of them: one copy, not one for each
-        grid = x.view(d, d, N, *x.shape[1:])
-        grid[:, :, :, :C] = _grid(x_t, d)
-        if with_content:
-            grid[:, :, :, C:] = content
+        x.view(d, d, N, *x.shape[1:])[:, :, :, :C] = _grid(x_t, d)
+        if content is not None:
+            x.view(d * d, N, *x.shape[1:])[:, :, C:] = content
         return x
     done = 0
     for i, j, n in segments(rows, N, d):
