@@ -29,6 +29,7 @@ def planned(
     Raises InputError where the image does not divide so far.
     """
     settings = {
+        "device": "cpu",  # the network in aten
         "model": {"dim": dim, "dim_mults": [1, 2, 4, 8], "image_size": image_size},
         "training": {"recompute": recompute, "gradient_accumulation_steps": micro_batches},
         "sweep": {"dividers": [d], "batch_sizes": [batch], "patch_batch_sizes": [passes], "quality": False},

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,13 +28,24 @@ SMALL = {
 
 @pytest.mark.parametrize("cell", plan(parse_experiment(SMALL, "test")), ids=lambda cell: cell.id)
 def test_the_forecast_equals_the_step_run_for_real_to_the_byte(cell):
-    experiment = parse_experiment(SMALL, "test").with_divider(cell.patch_divider)
+    experiment = parse_experiment({"device": "cpu", **SMALL}, "test").with_divider(cell.patch_divider)
     predicted = forecast(experiment, cell)
     sampling = sampling_workload(experiment, cell, torch.device("cpu"))
     assert sampling.trace().by_category == predicted.sample_step.live.by_category
     training = training_workload(experiment, cell, torch.device("cpu"))
     training.run()
     assert training.trace().by_category == predicted.train_step.live.by_category
+
+
+def test_a_prediction_for_a_gpu_is_of_the_path_that_a_gpu_takes():
+    """Fused operators; to sample in 16 bits weights of 16 bits."""
+    for device, fused in (("cpu", False), ("auto", True), ("cuda", True)):
+        experiment = parse_experiment({"device": device, **SMALL, "sampling": {"mixed_precision": "bf16"}}, "test")
+        cell = replace(plan(experiment)[0], mixed_precision="bf16")
+        found = forecast(experiment, cell)
+        assert ("native_group_norm" in found.train_step.operators) is not fused
+        weights = found.train_step.live.by_category["parameter"]
+        assert (found.sample_step.live.by_category["parameter"] < 0.6 * weights) is fused
 
 
 @pytest.mark.parametrize(("d", "chunk", "batch"), [(1, 2, 5), (2, 3, 2), (2, 2, 5), (4, 3, 1), (4, 7, 3)])

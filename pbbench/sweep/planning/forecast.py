@@ -5,6 +5,9 @@ A prediction has two halves. **Live**: the bytes of the tensors alive in the ste
 what CUDA's libraries take: workspaces and the driver's context differ by GPU and version, so they are unknown until a sweep
 on such a GPU has shown them (``sweep.calibration``).
 
+The step is the one a GPU would take (fused operators, channels_last, weights cast for good or together); that of a CPU where
+the experiment is set to run on one (``device = "cpu"``).
+
 A chunked step is traced without the chunks that only repeat others (``repeated_chunks_skipped``), and of several micro-batches
 two, the first, which finds no gradients, and one that does: the peak is the same.
 """
@@ -149,6 +152,7 @@ def forecast_step(
 
     from pbbench.memory.prediction.fake import predict
     from pbbench.memory.prediction.steady import operators, steady_state
+    from pbbench.model import kernels
     from pbbench.sweep import workload
 
     resolved, device = resolve(experiment, cell), torch.device("cpu")
@@ -156,6 +160,7 @@ def forecast_step(
     if resolved.training.gradient_accumulation_steps > 2 and not every_chunk:
         two = resolved.training.model_copy(update={"gradient_accumulation_steps": 2})
         resolved = resolved.model_copy(update={"training": two})
-    with nullcontext() if every_chunk else repeated_chunks_skipped(cell.batch_size):
+    path = kernels.nowhere() if resolved.device == "cpu" else kernels.everywhere()
+    with path, nullcontext() if every_chunk else repeated_chunks_skipped(cell.batch_size):
         live = predict(lambda: build(resolved, cell, device), record_events=True)
     return StepForecast(live, steady_state(live, settings), operators(live))
