@@ -29,15 +29,16 @@ HEAD_WIDTH = 32
 
 def softmax_attention(qkv: Tensor) -> Tensor:
     """Every pixel reads the others, by heads. qkv: R 3·128 h w, heads within each third. Returns R 128 h w in its layout."""
-    R, _, h, w = qkv.shape
+    (R, _, h, w), contiguous = qkv.shape, qkv.is_contiguous()
     # CUDA's kernels need the last dimension (32) contiguous and the other strides aligned: pixel by pixel in memory, as
     # channels_last has it already. The strides are then made from the shape: those that a map of one pixel comes with (1 where
     # there is but one) they refuse.
-    pixels = qkv.permute(0, 2, 3, 1).reshape(-1).view(R, h * w, 3, HEADS, HEAD_WIDTH)
-    q, k, v = pixels.transpose(1, 3).unbind(2)  # R heads h·w 32
+    qkv = qkv.permute(0, 2, 3, 1).reshape(-1).view(R, h * w, 3, HEADS, HEAD_WIDTH)
+    q, k, v = qkv.transpose(1, 3).unbind(2)  # R heads h·w 32
     read = F.scaled_dot_product_attention(q, k, v)  # scale 32^−0.5 is its default
+    del qkv, q, k, v
     read = read.transpose(1, 2).reshape(R, h, w, HEADS * HEAD_WIDTH).permute(0, 3, 1, 2)
-    return read.contiguous() if qkv.is_contiguous() else read
+    return read.contiguous() if contiguous else read
 
 
 def linear_attention(y: list[Tensor], qkv: nn.Conv2d, out: nn.Conv2d) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from pbbench.experiment.experiment import Experiment
 from pbbench.records.cells import CellResult
 from pbbench.sweep.grid import Cell
+from pbbench.sweep.nursery import Nursery
 from pbbench.sweep.process import SAVING_SECONDS, Worker, stop
 
 GPU_POLL_SECONDS = 1.0
@@ -72,7 +73,7 @@ def run_cells(
     """
     waiting = deque(cells)
     running = {} if running is None else running
-    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector, Nursery() as nursery:
         locks = [stack.enter_context(_GpuLock(place.uuid)) for place in where]
         try:
             while waiting or running:
@@ -87,7 +88,7 @@ def run_cells(
                         continue
                     cell = waiting.popleft()
                     listener.cell_started(cell)
-                    running[number] = Worker(experiment, cell, device, out, place.gpu)
+                    running[number] = Worker(experiment, cell, device, out, nursery, place.gpu)
                     selector.register(running[number], selectors.EVENT_READ, number)
                 for number in _ended(selector, running, listener, GPU_POLL_SECONDS if blocked else None):
                     worker = running[number]

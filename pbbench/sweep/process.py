@@ -9,12 +9,13 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pbbench.errors import StorageError, writing_to
 from pbbench.experiment.experiment import Experiment
@@ -22,8 +23,12 @@ from pbbench.records.cells import CellResult
 from pbbench.records.rows import Row
 from pbbench.sweep.cell_rows import base_row
 from pbbench.sweep.grid import Cell, resolve
+from pbbench.sweep.nursery import Forked, Nursery
 
-COMMAND = (sys.executable, "-m", "pbbench.sweep.worker")
+COMMAND: tuple[str, ...] | None = None
+"""What is run in a cell's place where the program is tested or cannot fork; None: a child of the nursery, which has imported
+it all."""
+PLAIN = (sys.executable, "-m", "pbbench.sweep.worker")
 SAVING_SECONDS = 20.0
 """How long a training that is told to stop may take to save what it has."""
 
@@ -31,7 +36,9 @@ SAVING_SECONDS = 20.0
 class Worker:
     """A running cell. Read it (``fileno`` is its channel) until ``read`` says None, then ``end`` it; always ``stop`` it."""
 
-    def __init__(self, experiment: Experiment, cell: Cell, device: str, out: Path, gpu: str | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, cell: Cell, device: str, out: Path, nursery: Nursery, gpu: str | None = None
+    ) -> None:
         """``gpu``: the only one the process may see, as CUDA_VISIBLE_DEVICES names it; None: what this process sees."""
         self.cell, self.device, self.limit = cell, device, experiment.sweep.cell_timeout_seconds
         self.experiment = resolve(experiment, cell)
@@ -45,14 +52,7 @@ class Worker:
             self.log.parent.mkdir(exist_ok=True)
             errors = self.log.open("w")
         with errors:
-            self.process = subprocess.Popen(
-                COMMAND,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-                env=environment,
-            )
+            self.process = _start(nursery, errors, environment)
         self.began = time.monotonic()
         job = {
             "experiment": self.experiment.model_dump(mode="json"),
@@ -110,6 +110,7 @@ class Worker:
         """Its rows, whatever became of it; it is stopped if it still runs."""
         stop([self])
         if not self.finished:
+            assert self.process.returncode is not None
             status, why = _ending(self.process.returncode, self.timed_out, self.limit, self.log)
             known = self.phase in ("load", "sample_step", "train_step")
             phase = self.phase if known else "quality" if self.cell.kind == "quality" else "load"
@@ -121,6 +122,20 @@ class Worker:
             with contextlib.suppress(OSError):  # it holds another cell's log
                 self.log.parent.rmdir()
         return self.result
+
+
+def _start(nursery: Nursery, errors: IO[str], environment: dict[str, str]) -> Forked | subprocess.Popen[bytes]:
+    if COMMAND is None and hasattr(socket, "SCM_RIGHTS"):
+        with contextlib.suppress(OSError):  # what ended the nursery will end the process, too, and leave a word in its log
+            return nursery.start(errors, environment)
+    return subprocess.Popen(
+        COMMAND or PLAIN,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        start_new_session=True,
+        env=environment,
+    )
 
 
 def stop(workers: Iterable[Worker], *, saving_seconds: float = 0.0) -> None:
@@ -146,6 +161,8 @@ def stop(workers: Iterable[Worker], *, saving_seconds: float = 0.0) -> None:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):  # the job could not be handed over
                     stream.close()
+        if isinstance(worker.process, Forked):
+            worker.process.close()
 
 
 def _ending(returncode: int, timed_out: bool, limit: float | None, log: Path) -> tuple[Any, str]:
