@@ -78,6 +78,8 @@ def sweep(
         experiment = out / "experiment.toml"
     # The machine that submits to Slurm need not have a GPU; each job looks at its own.
     found = None if executor == "local" else device or "cuda"
+    if dry_run:  # nothing runs, so a GPU may be planned for where there is none
+        found = found or device or ("cuda" if preset == "gpu" else None)
     if experiment is None and preset is None:
         found = found or str(probe(device or "auto")["device"])
         preset = {"cpu": "cpu"}.get(found, "gpu")

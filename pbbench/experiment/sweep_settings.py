@@ -57,6 +57,10 @@ class SweepConfig(Section):
     """Steps timed and metered warm."""
     quality: bool = True
     """Train, sample and score each divider; false: memory and speed only."""
+    quality_from: str | None = None
+    """A preset whose network, data, training, sampling and scoring quality cells have in the place of the experiment's: where
+    the network that is measured takes too long to train until it ranks. Rows and reports say of which network each figure
+    is."""
     seeds: tuple[NonNegative, ...] = ()
     """Train each divider once per seed, on the same images, and show the spread; empty: once, with the experiment's seed."""
     equal: Literal["images", "seconds", "memory"] = "images"
@@ -102,6 +106,8 @@ class SweepConfig(Section):
             raise ValueError(f'with equal = "memory" each divider is measured as it is trained: give no {given}; {own}')
         if self.fitted and self.equal != "memory":
             raise ValueError('fitted belongs to equal = "memory"; leave it out')
+        if self.quality_from is not None and (self.variants or self.checkpoints or self.equal != "images"):
+            raise ValueError("with quality_from trainings are of another experiment: give no variants, checkpoints or equal")
         if self.checkpoints and (self.seeds or self.equal != "images"):
             raise ValueError('checkpoints are trained already: give no seeds, and no equal but "images", with them')
         return self

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
+from pbbench.experiment.presets import load_experiment, preset_names
 from pbbench.experiment.settings import PatchBatchSize, Precision, TrainingConfig, resolve_patch_batch_size
 from pbbench.experiment.sweep_settings import Fitted, SweepConfig, place_name
 from pbbench.experiment.variants import slug
@@ -60,12 +61,29 @@ class Cell:
 def resolve(experiment: Experiment, cell: Cell) -> Experiment:
     """The experiment as the cell runs it: at its divider, with its variant's settings, seed and limit of time. Of one that is
     resolved already it is the same."""
+    if cell.kind == "quality":
+        experiment = quality_experiment(experiment)
     found = experiment.at(cell.patch_divider, cell.variant, cell.seed)
     limit = experiment.sweep.equal_seconds
     if cell.kind == "measure" or limit is None:
         return found
     training = found.training.model_copy(update={"max_seconds": limit, "num_steps": UNLIMITED})
     return found.model_copy(update={"training": training})
+
+
+def quality_experiment(experiment: Experiment) -> Experiment:
+    """What quality cells train and score: the experiment, or, with its device, seed and dividers, the preset that
+    ``sweep.quality_from`` names. Raises InputError where there is no such preset."""
+    name = experiment.sweep.quality_from
+    if name is None:
+        return experiment
+    if name not in preset_names():
+        raise InputError(f"sweep.quality_from {name!r} is not known; there are {', '.join(preset_names())}")
+    found = load_experiment(preset=name)
+    sweep = experiment.sweep.model_copy(update={"quality_from": None})
+    return found.model_copy(
+        update={"name": experiment.name, "device": experiment.device, "seed": experiment.seed, "sweep": sweep}
+    )
 
 
 def _subjects(sweep: SweepConfig) -> list[tuple[str, int]]:
@@ -82,7 +100,10 @@ def check_subjects(experiment: Experiment) -> dict[tuple[str, int], Experiment]:
     if strangers:
         raise InputError(f"sweep.checkpoints names divider {', '.join(strangers)}, which is not among the sweep's dividers")
     if sweep.quality:
-        _check_sources(experiment)
+        trained = quality_experiment(experiment)
+        for divider in sweep.dividers:
+            trained.at(divider)
+        _check_sources(trained)
         _check_budgets(experiment, resolved)
     return resolved
 
@@ -101,8 +122,9 @@ def plan(experiment: Experiment) -> list[Cell]:
             patches = resolve_patch_batch_size(setting, batch, divider)
             name = f"{_prefix(variant)}d{divider}-p{patches}-b{batch}-{precision}" + (f"-r{repeat}" if repeat else "")
             cells.setdefault(name, Cell(name, "measure", divider, patches, batch, precision, repeat, variant))
+    elsewhere = quality_experiment(experiment).training if sweep.quality_from and sweep.quality else None
     for (variant, divider), seed in product(places if sweep.quality else (), sweep.seeds or (None,)):
-        training = resolved[variant, divider].training
+        training = elsewhere or resolved[variant, divider].training
         patches = resolve_patch_batch_size(training.patch_batch_size, training.batch_size, divider)
         name = f"{_prefix(variant)}d{divider}-quality" + ("" if seed is None else f"-s{seed}")
         given: dict[str, Any] = {"variant": variant, "seed": seed}

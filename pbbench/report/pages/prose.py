@@ -17,7 +17,7 @@ from pbbench.report.tables.layout import fixed_settings
 from pbbench.report.tables.memory import meters
 from pbbench.report.tables.missing import failures
 from pbbench.report.tables.scores import intervals, quality, quality_names
-from pbbench.report.tables.tradeoff import tradeoff
+from pbbench.report.tables.tradeoff import of_another_network, tradeoff
 from pbbench.report.verdict import RULE, verdict
 
 READING = (
@@ -76,7 +76,9 @@ def quality_statements(cells: Sequence[CellResult]) -> list[str]:
         return ["No images were scored in this run: memory and speed only."]
     scores = quality(cells)
     names = quality_names(scores)
-    said = [] if names else ["No divider has a quality figure; the table of failures says why."]
+    elsewhere = of_another_network(cells)
+    said = [elsewhere] if elsewhere else []
+    said += [] if names else ["No divider has a quality figure; the table of failures says why."]
     said += [f"The Fréchet distance here is not FID: {why}." for name, why in NOT_FID.items() if name in names]
     counts = sorted({s["num_images"] for s in scores.values() if "num_images" in s})
     if "frechet_inception_distance" in names and counts and counts[0] < 10_000:

@@ -152,6 +152,19 @@ def tradeoff_table(cells: Sequence[CellResult]) -> Table:
     return Table("What each divider costs", columns, _notes(cells, frame), "tab:tradeoff")
 
 
+def of_another_network(cells: Sequence[CellResult]) -> str | None:
+    """Where quality is not of the network whose memory and speed were measured, both in words."""
+
+    def networks(kind: str) -> list[str]:
+        rows = [row for cell in cells if cell.kind == kind for row in cell.rows if row.image_size and not row.variant]
+        return sorted({f"dim {row.dim}, widths × {row.dim_mults}, {row.image_size} pixels" for row in rows})
+
+    measured, trained = networks("measure"), networks("quality")
+    if not measured or not trained or measured == trained:
+        return None
+    return f"Quality is of another network ({'; '.join(trained)}) than memory and speed ({'; '.join(measured)})."
+
+
 def _notes(cells: Sequence[CellResult], frame: pd.DataFrame) -> list[str]:
     said, main = fixed_settings(frame), distance_column(frame)
     notes = [f"Peaks: {METERS[frame.attrs['memory_column']]}, warm step." + (f" {said.capitalize()}." if said else "")]
@@ -168,7 +181,7 @@ def _notes(cells: Sequence[CellResult], frame: pd.DataFrame) -> list[str]:
     judged = frame.attrs["verdict"]
     if judged is not None and not judged.ranks:
         notes.append(" ".join(["These figures do not rank the dividers.", *judged.said]))
-    notes += [told for told in [held_equal(cells)] if told]
+    notes += [told for told in [of_another_network(cells), held_equal(cells)] if told]
     if any(spreads(cells).values()):
         notes.append(f"Trained {trained_from(cells)}: median (least–most).")
     varied = unsteadiness(cells)

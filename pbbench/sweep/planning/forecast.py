@@ -15,7 +15,7 @@ two, the first, which finds no gradients, and one that does: the peak is the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,13 @@ def repeated_chunks_skipped(batch_size: int) -> Iterator[None]:
         sampling_loop.row_chunks = training_loop.row_chunks = row_chunks
 
 
+def path_of(experiment: Experiment) -> AbstractContextManager[None]:
+    """Within it fake tensors take the operators of the machine that ``experiment`` is for."""
+    from pbbench.model import kernels
+
+    return kernels.nowhere() if experiment.device == "cpu" else kernels.everywhere()
+
+
 def forecast(
     experiment: Experiment, cell: Cell, *, every_chunk: bool = False, settings: AllocatorSettings | None = None
 ) -> Forecast:
@@ -152,7 +159,6 @@ def forecast_step(
 
     from pbbench.memory.prediction.fake import predict
     from pbbench.memory.prediction.steady import operators, steady_state
-    from pbbench.model import kernels
     from pbbench.sweep import workload
 
     resolved, device = resolve(experiment, cell), torch.device("cpu")
@@ -160,7 +166,6 @@ def forecast_step(
     if resolved.training.gradient_accumulation_steps > 2 and not every_chunk:
         two = resolved.training.model_copy(update={"gradient_accumulation_steps": 2})
         resolved = resolved.model_copy(update={"training": two})
-    path = kernels.nowhere() if resolved.device == "cpu" else kernels.everywhere()
-    with path, nullcontext() if every_chunk else repeated_chunks_skipped(cell.batch_size):
+    with path_of(resolved), nullcontext() if every_chunk else repeated_chunks_skipped(cell.batch_size):
         live = predict(lambda: build(resolved, cell, device), record_events=True)
     return StepForecast(live, steady_state(live, settings), operators(live))

@@ -12,8 +12,9 @@ from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
 from pbbench.experiment.settings import Precision
 from pbbench.experiment.sizes import format_bytes
-from pbbench.sweep.grid import Cell, images_a_step
+from pbbench.sweep.grid import Cell, images_a_step, quality_experiment
 from pbbench.sweep.planning.calibration import UNCALIBRATED, Calibration
+from pbbench.sweep.planning.duration import WORDS, Durations, clock
 from pbbench.sweep.planning.fit import beyond_memory, in_words
 from pbbench.sweep.planning.forecast import forecast
 from pbbench.sweep.planning.search import Fit, Search
@@ -24,24 +25,30 @@ PRECISIONS: tuple[Precision, ...] = ("no", "bf16", "fp16")
 
 def forecast_table(experiment: Experiment, cells: Sequence[Cell], calibration: Calibration = UNCALIBRATED) -> Table:
     """One line per cell; quality cells are listed with what they will do."""
-    table = _table("Predicted peaks", experiment)
+    table = _table("Predicted peaks in MiB", experiment)
+    table.padding = (0, 0, 0, 1)  # so that no figure is cut at 80 columns
     table.add_column("cell", no_wrap=True)
     for step in ("sample", "train"):
         for name in ("live", "activ.", "reserved"):
             table.add_column(f"{step}\n{name}", justify="right", no_wrap=True)
+    table.add_column("about\nm:s", justify="right", no_wrap=True)
+    durations, whole = Durations(experiment), 0.0
     for cell in cells:
+        seconds = durations.of(cell) if beyond_memory(experiment, cell, experiment.device) is None else 0.0
+        whole += seconds
         if cell.kind == "measure" and beyond_memory(experiment, cell, experiment.device) is None:
             found = forecast(experiment, cell)
             counts: list[int] = []
             for predicted in (found.sample_step, found.train_step):
                 live = predicted.live
                 counts += [live.peak_bytes, live.by_category["activation"], predicted.steady.warm.reserved_bytes]
-            table.add_row(cell.id, *map(format_bytes, counts))
+            table.add_row(cell.id, *map(_mib, counts), clock(seconds))
         else:
-            table.add_row(cell.id, *["–"] * 6)
+            table.add_row(cell.id, *["–"] * 6, clock(seconds) if seconds else "–")
     table.caption = (
         "d: divider, p: patches a pass, b: batch size, then the precision. Live: tensor bytes. "
-        f"Reserved: what CUDA's caching allocator would hold. {calibration.describe()}"
+        f"Reserved: what CUDA's caching allocator would hold. {calibration.describe()} "
+        f"About {clock(whole)} in all on {WORDS[durations.kind]}."
     )
     given = experiment.sweep.equal_memory
     if given is not None:
@@ -50,10 +57,15 @@ def forecast_table(experiment: Experiment, cells: Sequence[Cell], calibration: C
             variant, _, divider = place.rpartition("/")
             table.caption += f" {f'{variant}, ' * bool(variant)}d={divider}: {in_words(fit, given)}."
     if any(cell.kind == "quality" for cell in cells):
-        budget = f"{experiment.training.num_steps:,} steps of {images_a_step(experiment.training)} images"
+        trained = quality_experiment(experiment)
+        budget = f"{trained.training.num_steps:,} steps of {images_a_step(trained.training)} images"
         if experiment.sweep.equal_seconds is not None:
             budget = f"for {experiment.sweep.equal_seconds:g} seconds"
-        table.caption += f" A quality cell trains {budget} and scores {experiment.quality.num_images:,} samples."
+        table.caption += f" A quality cell trains {budget} and scores {trained.quality.num_images:,} samples."
+        if trained is not experiment:
+            size = "×".join(map(str, trained.model.size))
+            network = f"dim {trained.model.dim}, {size} pixels ({experiment.sweep.quality_from})"
+            table.caption += f" They are of another network: {network}."
     return table
 
 
@@ -120,6 +132,11 @@ def search_table(experiment: Experiment, found: dict[str, Any]) -> Table:
         + found["calibration"]
     )
     return table
+
+
+def _mib(nbytes: int) -> str:
+    mib = nbytes / 2**20
+    return f"{mib:,.0f}" if mib >= 100 else f"{mib:.1f}"
 
 
 def _table(what: str, experiment: Experiment) -> Table:

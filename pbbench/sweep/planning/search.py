@@ -18,7 +18,7 @@ from pbbench.experiment.experiment import Experiment, merge, parse_experiment
 from pbbench.experiment.settings import Precision, Recompute, resolve_patch_batch_size
 from pbbench.sweep.grid import Cell
 from pbbench.sweep.planning.calibration import Calibration
-from pbbench.sweep.planning.forecast import STEPS, forecast_step
+from pbbench.sweep.planning.forecast import STEPS, forecast_step, path_of
 
 MOST_IMAGES = 65_536
 RECOMPUTE: tuple[Recompute, ...] = ("none", "cheap", "full")
@@ -32,6 +32,8 @@ class Machine:
     """float32 with TF32; half precision runs at twice that."""
     bytes_per_second: float = 2e12
     seconds_per_kernel: float = 4e-6
+    overlapping: bool = True
+    """Kernels are launched while others compute."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Search:
         self.step, self.limit, self.live = step, limit_bytes, live
         self.calibration, self.settings = calibration, settings
         self._known: dict[tuple[Any, ...], _Predicted] = {}
-        self._counted: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._counted: dict[tuple[Any, ...], tuple[int, int, int]] = {}
 
     def largest_batch(self, divider: int) -> Fit | None:
         """The largest batch that fits with the experiment's patches a pass, precision and recomputation; None: none does."""
@@ -143,7 +145,7 @@ class Search:
         whole = reserved + self.calibration.known_bytes
         needed = live if self.live else whole
         passes = -(-batch * divider**2 // patches)
-        flops, kernels = self._count(divider, recompute, precision)
+        flops, kernels, _ = self._count(divider, recompute, precision)
         cost = relative_cost(flops * batch, passes, kernels, weights, precision, self.step) / batch
         sizes = (live, reserved, whole, needed, self.limit - needed)
         return Fit(divider, batch, micro, patches, precision, recompute, *sizes, cost)
@@ -157,7 +159,7 @@ class Search:
         found = forecast_step(experiment, cell, self.step, settings=self.settings)
         return _Predicted(found.live.peak_bytes, found.steady.warm.reserved_bytes, found.live.by_category["parameter"])
 
-    def _count(self, divider: int, recompute: Recompute, precision: Precision) -> tuple[int, int]:
+    def _count(self, divider: int, recompute: Recompute, precision: Precision) -> tuple[int, int, int]:
         key = (divider, recompute, precision)
         if key not in self._counted:
             self._counted[key] = one_pass(self.experiment, self.step, *key)
@@ -203,9 +205,10 @@ def divisors(number: int) -> list[int]:
 
 def one_pass(
     experiment: Experiment, step: str, divider: int, recompute: Recompute, precision: Precision = "no"
-) -> tuple[int, int]:
-    """Floating-point operations of the step by torch's formulas, and the operators that make a tensor, without the optimizer's:
-    on fake tensors, for one image in one pass. Per image no batch or chunk changes the former, and none the latter per pass."""
+) -> tuple[int, int, int]:
+    """Floating-point operations of the step by torch's formulas, the operators that make a tensor, without the optimizer's,
+    and the bytes of the weights: on fake tensors, for one image in one pass. Per image no batch or chunk changes the first,
+    and none the second per pass."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -215,13 +218,13 @@ def one_pass(
     resolved = merged(experiment, {"training": training, "model": {"patch_divider": divider}})
     cell = Cell("flops", "measure", divider, divider**2, 1, precision)
     build: Callable[..., Any] = workload.training_workload if step == "train_step" else workload.sampling_workload
-    with FakeTensorMode():
+    with path_of(resolved), FakeTensorMode():
         work = build(resolved, cell, torch.device("cpu"))
         with workload.FlopCount() as flops:
             live = work.trace(record_events=True)
     events = live.events or []
     made = sum(e.delta > 0 and e.allocation.born > 0 and e.allocation.phase != "optimizer" for e in events)
-    return flops.total, made
+    return flops.total, made, live.by_category["parameter"]
 
 
 def relative_cost(
@@ -231,7 +234,8 @@ def relative_cost(
     longer, and reads the weights again (training also writes and adds up their gradients). It ranks settings, no more."""
     rate = machine.flops_per_second * (1 if precision == "no" else 2)
     traffic = weight_bytes * (6 if step == "train_step" else 1) / machine.bytes_per_second
-    return passes * (max(flops / passes / rate, kernels * machine.seconds_per_kernel) + traffic)
+    arithmetic, launches = flops / passes / rate, kernels * machine.seconds_per_kernel
+    return passes * ((max(arithmetic, launches) if machine.overlapping else arithmetic + launches) + traffic)
 
 
 def largest(bytes_of: Callable[[int], int], limit: int, most: int) -> int:
