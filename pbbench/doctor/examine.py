@@ -41,6 +41,8 @@ def examine(device: str = "auto", results: Path = Path("results")) -> list[Check
     if environment:
         seen = _capabilities(environment["device"])
         checks += [*gpu_checks(environment, seen, device), *meter_checks(environment, seen), *setting_checks(environment)]
+        if environment["device"] == "cuda" and not seen.get("gpu_error"):
+            checks.append(network_check(_said("pbbench.doctor.network", "cuda")))
         checks.append(inception_check())
     return [*checks, *package_checks(), memory_check(), disk_check(results), load_check()]
 
@@ -50,12 +52,30 @@ def can_run(checks: list[Check]) -> bool:
 
 
 def _capabilities(device: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pbbench.memory.meters.capabilities", device]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = _said("pbbench.memory.meters.capabilities", device)
+    if isinstance(found, str):
+        return {"gpu_error": found if device == "cuda" else None, "rss_reason": found, "driver_reason": found}
+    return found
+
+
+def _said(module: str, device: str) -> dict[str, Any] | str:
+    """What a module says in a process of its own; the last line of its errors where it ended badly."""
+    done = subprocess.run([sys.executable, "-m", module, device], capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"gpu_error": last if device == "cuda" else None, "rss_reason": last, "driver_reason": last}
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     return json.loads(done.stdout)
+
+
+def network_check(found: dict[str, str | None] | str) -> Check:
+    """``found``: what ``doctor.network`` said."""
+    failed = {"every precision": found} if isinstance(found, str) else {name: why for name, why in found.items() if why}
+    if not failed:
+        return Check("network", "ok", "a pass forward and backward ran on the GPU, maps of one pixel and of one row included")
+    words = {"no": "float32"}
+    told = "; ".join(f"{words.get(name, name)}: {why}" for name, why in failed.items())
+    state: Literal["limited", "missing"] = "missing" if isinstance(found, str) or found.get("no") else "limited"
+    remedy = "update torch and the driver; report it with this line if they are new"
+    return Check("network", state, told, remedy, needed=state == "missing")
 
 
 def gpu_checks(environment: dict[str, Any], seen: dict[str, Any], asked: str) -> list[Check]:

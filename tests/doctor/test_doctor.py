@@ -5,12 +5,15 @@ from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fake_devices import CUDA, FakeCuda, FakeNvml
 
 from pbbench import cli
 from pbbench.cli.options import run_app
 from pbbench.doctor import examine as doctor
 from pbbench.doctor import machine as checks
+from pbbench.doctor import network
+from pbbench.doctor.examine import network_check
 from pbbench.errors import InputError
 from pbbench.experiment.sizes import format_bytes
 from pbbench.memory.meters.capabilities import driver_capabilities, gpu_capabilities, host_capabilities
@@ -297,3 +300,20 @@ def test_a_real_gpu_is_examined_without_this_process_touching_it():
     assert found["GPU"].state == "ok"
     assert found["CUDA allocator"].state == "ok"
     assert all(found[name].meaning for name in ("NVML process memory", "NVML device memory", "energy counter", "MIG"))
+
+
+def test_the_network_is_tried_on_a_gpu_in_every_precision(monkeypatch):
+    """The pass itself runs here on the CPU, through it all; what a GPU refuses is told by precision."""
+    assert network.failures(torch.device("cpu")) == {"no": None, "bf16": None, "fp16": None}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("query is not correctly aligned (strideM)\nand more")
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", refuse)
+    found = network.failures(torch.device("cpu"))
+    assert all("strideM" in why for why in found.values())
+    assert (network_check(found).state, network_check(found).needed) == ("missing", True)
+    only = network_check({"no": None, "bf16": None, "fp16": "no kernel image"})
+    assert (only.state, only.needed, only.meaning) == ("limited", False, "fp16: no kernel image")
+    assert network_check(dict.fromkeys(("no", "bf16", "fp16"))).state == "ok"
+    assert "illegal memory access" in network_check("RuntimeError: illegal memory access").meaning

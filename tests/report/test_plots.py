@@ -93,7 +93,7 @@ def test_axes_name_what_they_show_the_meter_and_the_unit(figures: dict[str, Figu
     assert "1,000 images" in left.get_ylabel()
     assert "bars: 95%" in left.get_ylabel()
     assert figures["speed"].axes[0].get_ylabel() == "training speed (images/s)"
-    assert figures["split"].axes[1].get_ylabel() == "sampling peak, live tensor bytes (GiB)"
+    assert figures["split"].axes[1].get_ylabel() == "sampling peak, allocated (GiB)"
     on_cpu = plots.speed_against_memory(tradeoff(cells_of("cpu")))
     assert on_cpu is not None
     assert on_cpu.axes[0].get_xlabel() == "training peak, live tensor bytes (MiB)"
@@ -133,7 +133,7 @@ def test_bars_stack_to_the_peak(figures: dict[str, Figure]) -> None:
         for bar in axes.patches:
             middle = round(bar.get_x() + bar.get_width() / 2, 6)  # type: ignore[attr-defined]
             heights[middle] = heights.get(middle, 0.0) + bar.get_height()  # type: ignore[attr-defined]
-        peaks = frame.loc[frame["step"] == step, "peak_live_bytes"] / 2**30
+        peaks = frame.loc[frame["step"] == step, "measured_peak_bytes"] / 2**30  # with the workspaces
         assert list(heights.values()) == pytest.approx(list(peaks))
 
 

@@ -181,6 +181,23 @@ def test_split_sums_to_the_peak(cells: list[CellResult]) -> None:
     assert split_table([quality_cell(1)], "train") is None
 
 
+def test_workspaces_are_what_cuda_allocated_beyond_live_tensors() -> None:
+    """In make_run 30 MiB; null where no allocator was read, or one that held less."""
+    on_gpu = split([measure_cell(2, 32, device="cuda")])
+    assert (on_gpu["workspace_bytes"] == 30 * 2**20).all()
+    assert (on_gpu["workspace_bytes"] + on_gpu["peak_live_bytes"] == on_gpu["measured_peak_bytes"]).all()
+    sheet = split_table([measure_cell(2, 32, device="cuda")], "train")
+    assert sheet is not None
+    assert any(column.title.startswith("workspaces") for column in sheet.columns)
+    assert any("cuDNN" in note for note in sheet.notes)
+    assert split([measure_cell(2, 32, device="cpu")])["workspace_bytes"].isna().all()
+    less = measure_cell(2, 32, device="cuda")
+    for row in less.rows:
+        if row.peak_live_bytes is not None:
+            row.peak_allocated_bytes = row.peak_live_bytes - 1
+    assert split([less])["workspace_bytes"].isna().all()
+
+
 def test_meters_keep_cold_and_warm_apart_and_leave_out_those_that_read_nothing() -> None:
     frame = meters([measure_cell(1, 32, device="cpu")])
     assert set(frame["temperature"]) == {"cold", "warm"}

@@ -26,7 +26,7 @@ ARROWS = {
     "quality": {"experiment", "records", "model", "data", "training"},
     "report": {"experiment", "records"},
     "sweep": {"experiment", "records", "memory", "model", "data", "training", "quality", "report"},
-    "doctor": {"experiment", "records", "quality"},
+    "doctor": {"experiment", "records", "model", "quality"},
     "cli": {"experiment", "records", "memory", "data", "training", "quality", "report", "sweep", "doctor"},
 }
 """Room → the rooms it may import. Memory stands alone but for the error."""

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pbbench.records.rows import CATEGORIES
 from pbbench.report.figures.style import STEP_NAMES, category_fill, category_legend, new_panels, styled
 from pbbench.report.tables.configurations import METERS, STEPS
 from pbbench.report.tables.formatting import byte_unit, in_unit
+from pbbench.report.tables.memory import PARTS
 
 DIAMOND: Any = {"marker": "D", "linestyle": "none", "color": "black", "markerfacecolor": "white", "markersize": 3}
 
@@ -21,26 +21,32 @@ DIAMOND: Any = {"marker": "D", "linestyle": "none", "color": "black", "markerfac
 @styled
 def peak_by_category(frame: pd.DataFrame) -> Figure | None:
     """``tables.memory.split`` as stacked bars per divider, the ways to pass side by side, training and sampling in two panels.
-    A diamond marks what CUDA's allocator measured over the same step."""
+    On CUDA the workspaces on top, up to what the allocator measured; where it measured less than live tensors, a diamond."""
     drawn = {s: frame[frame["step"] == s] for s in STEPS if (frame["step"] == s).any()}
     if not drawn:
         return None
     figure, panels = new_panels(len(drawn), 3.0)
-    shown = [name for name in CATEGORIES if (frame[f"{name}_bytes"] > 0).any()]
+    shown = [name for name in PARTS if (frame[f"{name}_bytes"] > 0).any()]
     for axes, (short, lines) in zip(panels, drawn.items(), strict=True):
         unit = byte_unit([*lines["peak_live_bytes"], *lines["measured_peak_bytes"]])
         _draw_bars(axes, lines, shown, unit)
-        axes.set_ylabel(f"{STEP_NAMES[short]} peak, live tensor bytes ({unit[0]})")
-    measured = frame["measured_peak_bytes"].notna().any()
+        kind = "allocated" if "workspace" in shown else "live tensor bytes"
+        axes.set_ylabel(f"{STEP_NAMES[short]} peak, {kind} ({unit[0]})")
+    measured = _beside(frame).notna().any()
     others = [Line2D([], [], label=METERS["peak_allocated_bytes"], **DIAMOND)] if measured else []
     category_legend(figure, shown, others, len(drawn) == 1)
     return figure
 
 
+def _beside(lines: pd.DataFrame) -> pd.Series:
+    """The allocator's peaks that no bar reaches up to."""
+    return lines["measured_peak_bytes"].where(lines["workspace_bytes"].isna())
+
+
 def _draw_bars(axes: Axes, lines: pd.DataFrame, shown: Sequence[str], unit: tuple[str, int]) -> None:
     size = unit[1]
     places, middles = _bar_places(list(lines["patch_divider"]))
-    below, measured = pd.Series(0.0, index=lines.index), lines["measured_peak_bytes"] / size
+    below, measured = pd.Series(0.0, index=lines.index), _beside(lines) / size
     for name in shown:
         heights = lines[f"{name}_bytes"].fillna(0) / size
         axes.bar(places, heights, 0.8, bottom=below, linewidth=0.3, **category_fill(name))
@@ -50,7 +56,7 @@ def _draw_bars(axes: Axes, lines: pd.DataFrame, shown: Sequence[str], unit: tupl
     crowded = len(places) > 10
     lift = (6.0 if crowded else 4.0) if measured.notna().any() else 2.0  # clear of the diamond
     turn = 90 if crowded else 0
-    for place, top, total in zip(places, tops, lines["peak_live_bytes"], strict=True):
+    for place, top, total in zip(places, tops, below * size, strict=True):
         shift: Any = {"xytext": (0, lift), "textcoords": "offset points"}
         axes.annotate(_short(total, *unit), (place, top), ha="center", fontsize=6, rotation=turn, **shift)
     axes.set_ylim(0, tops.max() * (1.18 if crowded else 1.1))

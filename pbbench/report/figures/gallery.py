@@ -118,8 +118,11 @@ def _no_quality(shown: Shown, at_equal_memory: bool) -> str:
 
 def _split_caption(shown: Shown) -> str:
     ways = "in the way it was trained" if shown.at_equal_memory else "all patches in one pass beside one patch index a pass"
+    read = shown.parts["workspace_bytes"].notna().any()
+    workspaces = "Workspaces: what torch.cuda had allocated beyond them. " if read else ""
     return (
-        f"What fills the peak of a warm step, {shown.settings}: live tensor bytes per divider, {ways}. The figures over the "
+        f"What fills the peak of a warm step, {shown.settings}: live tensor bytes per divider, {ways}. {workspaces}"
+        "The figures over the "
         f"bars are their sums.{' Variants stand in the table.' * bool(shown.variants)}"
     )
 

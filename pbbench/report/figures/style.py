@@ -65,6 +65,7 @@ FILLS = {
     "input": ("#a59c74", ""),
     "activation": ("#e3c64f", ""),
     "other": ("#fdf3c4", "----"),
+    "workspace": ("#ffffff", "...."),
 }
 
 # Where a label is tried: distances from its point in pt, directions in degrees, the best first.

@@ -34,11 +34,16 @@ CATEGORY_NAMES = {
     "input": "inputs",
     "activation": "activations",
     "other": "other",
+    "workspace": "workspaces",
 }
+PARTS = (*CATEGORIES, "workspace")
+"""What fills a peak, from below."""
 
 
 def split(cells: Iterable[CellResult]) -> pd.DataFrame:
-    """What fills each warm peak of live tensor bytes: one line per configuration and step, a column per category."""
+    """What fills each warm peak: one line per configuration and step, a column per category of live tensors, and on CUDA the
+    workspaces: what the allocator had handed out at its peak beyond the live tensors at theirs (NaN where it was not read, or
+    had less: then the two peaks are not of the same step)."""
     lines = []
     for settings, members in configurations(cells):
         for short, phase in STEPS.items():
@@ -47,9 +52,10 @@ def split(cells: Iterable[CellResult]) -> pd.DataFrame:
             if math.isnan(total) or math.isnan(parts["activation_bytes"]):
                 continue
             line = {"step": short, **settings, **parts, "peak_live_bytes": total}
-            line["measured_peak_bytes"] = step_median(members, phase, "peak_allocated_bytes")
+            line["measured_peak_bytes"] = measured = step_median(members, phase, "peak_allocated_bytes")
+            line["workspace_bytes"] = measured - total if measured >= total else math.nan
             lines.append(line | {"activation_share": parts["activation_bytes"] / total if total else math.nan})
-    columns = ["step", *SETTINGS, "patches_per_pass", *(f"{name}_bytes" for name in CATEGORIES)]
+    columns = ["step", *SETTINGS, "patches_per_pass", *(f"{name}_bytes" for name in PARTS)]
     return pd.DataFrame(lines, columns=[*columns, "peak_live_bytes", "measured_peak_bytes", "activation_share"])
 
 
@@ -63,11 +69,18 @@ def split_table(cells: Sequence[CellResult], step: str) -> Table | None:
     unit = byte_unit(frame["peak_live_bytes"])
     columns = settings_columns(frame) + [bytes_column((CATEGORY_NAMES[n],), frame, f"{n}_bytes", unit) for n in shown]
     columns.append(bytes_column(("sum",), frame, "peak_live_bytes", unit))
+    notes = ["Live tensor bytes at the peak of the warm step; the parts sum to it."]
     if frame["measured_peak_bytes"].notna().any():
+        columns.append(bytes_column((CATEGORY_NAMES["workspace"],), frame, "workspace_bytes", unit))
         columns.append(bytes_column(("torch.cuda", "allocated"), frame, "measured_peak_bytes", unit))
+        notes.append(
+            "Workspaces: what torch.cuda had allocated at its peak beyond these tensors, the scratch space of cuDNN and "
+            "cuBLAS and "
+            "what blocks are larger than what is in them."
+        )
     columns.append(Column(("share of", "activations"), [percent(v, signed=False) for v in frame["activation_share"]]))
     title = {"train": "What fills the peak of a training step", "sample": "What fills the peak of a sampling step"}[step]
-    return Table(title, columns, ["Live tensor bytes at the peak of the warm step; the parts sum to it."], f"tab:split-{step}")
+    return Table(title, columns, notes, f"tab:split-{step}")
 
 
 def meters(cells: Iterable[CellResult]) -> pd.DataFrame:
