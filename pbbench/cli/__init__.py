@@ -13,7 +13,7 @@ import typer
 
 from pbbench import __version__
 from pbbench.cli.measure import compare, doctor, predict, report, sweep
-from pbbench.cli.model import convert, fid, prepare, sample, train
+from pbbench.cli.model import convert, fid, prepare, sample, score, train
 from pbbench.cli.options import ManyValues, run_app
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (sweep, predict, report, compare, train, sample, fid, convert, doctor):  # as --help lists them
+for command in (sweep, predict, report, compare, train, sample, score, fid, convert, doctor):  # as --help lists them
     app.command(cls=ManyValues)(command)
 data = typer.Typer(help="Prepare sets of images for quick loading.", invoke_without_command=True, rich_markup_mode=None)
 data.command(cls=ManyValues)(prepare)

@@ -130,6 +130,31 @@ def fid(
         typer.echo(json.dumps(scores, indent=1) if json_ else "\n".join(lines(scores)))
 
 
+def score(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Checkpoints, or training runs' folders.")],
+    every: Annotated[bool, typer.Option("--every", help="Every checkpoint that a run kept, not the latest alone.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="The trained weights themselves instead of their average.")] = False,
+    set_: Settings = None,
+    device: Device = None,
+    json_: Json = False,
+) -> None:
+    """Score checkpoints: distances beside their floor, seams, held-out loss."""
+    import torch
+
+    from pbbench.quality.score_checkpoints import lines, score_checkpoints
+    from pbbench.records.environment import resolve_device
+
+    found = score_checkpoints(
+        checkpoints,
+        laid_over(set_),
+        torch.device(resolve_device(device or "auto")),
+        which="model" if raw else "ema",
+        every=every,
+        told=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(json.dumps(found, indent=1) if json_ else "\n".join(lines(found)))
+
+
 def convert(
     config: Annotated[Path, typer.Option("--config", metavar="C.json", help="The reference's configuration.")],
     checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FILE", help="The reference's model-last.pt.")],

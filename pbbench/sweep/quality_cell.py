@@ -78,6 +78,7 @@ def train_and_score(experiment: Experiment, cell: Cell, device_name: str, run: P
     emit("row", row={**base_row(experiment, cell, device_name), "phase": "quality", **card.columns, **described})
     sets = {"reference": real.reference.description, "num_reference_images": len(real.reference)}
     sets["skipped"] = [f"{unreadable.name}: {unreadable.reason}" for unreadable in real.training.skipped]
+    sets["objective"] = f"{experiment.diffusion.prediction_type}, {experiment.diffusion.loss_type}"  # of the held-out loss
     sets["num_held_out"] = len(real.held_out) if real.held_out else 0
     trained |= {"training_seed": experiment.seed, "equal": experiment.sweep.equal}
     emit("detail", grid=grid, **card.details, **sets, **seconds, **trained)

@@ -124,7 +124,7 @@ def test_out_of_gpu_memory_while_measuring(phase: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("phase", ["train", "sample", "score"])
 def test_out_of_gpu_memory_in_a_quality_cell(phase: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     where = {"train": "pbbench.training.train.train", "sample": "pbbench.training.generate.generate"}
-    monkeypatch.setattr(where.get(phase, "pbbench.quality.fid.score"), fails)
+    monkeypatch.setattr(where.get(phase, "pbbench.quality.scorecard.score"), fails)
     rows, errors, said = told_by_worker(tmp_path, "quality")
     assert [(row["status"], row["phase"]) for row in rows] == [("out_of_memory", "quality")]
     assert (errors[0]["phase"], errors[0]["allocated"]) == (phase, 6 * 2**30)
@@ -160,6 +160,9 @@ def test_a_hung_cell_is_stopped_and_the_next_one_runs(tmp_path: Path, monkeypatc
     assert all("cell_timeout_seconds = 0.5 s" in result.error["message"] for _, result, _ in ended)
     lines = read_diary(path)
     assert [line["what"] for line in lines] == ["began", "child"] * 2
+    deadline = time.monotonic() + 5  # a killed process is gone a moment later
+    while any(alive(line["pid"]) for line in lines) and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not [line for line in lines if alive(line["pid"])]
 
 

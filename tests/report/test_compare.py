@@ -1,6 +1,7 @@
 """Two runs against each other: the gate is exact in bytes, times are judged beside their noise, unlike things never meet."""
 
 import json
+import math
 import random
 import shutil
 from fractions import Fraction
@@ -304,6 +305,43 @@ def test_each_figure_knows_which_way_is_better(pair, column, value, verdict):
     assert reasons == {"the numbers of images scored differ"}
 
 
+def test_a_change_within_its_interval_is_not_decided(pair):
+    """Of other samples (another seed) 4% of the distance are noise; of the same ones, paired, they are not."""
+    a, b = pair
+
+    def change(cell):
+        name, row = "random_features_frechet_distance", cell.rows[0]
+        value = getattr(row, name) * 1.04
+        setattr(row, name, value)
+        wobble = [0.01 * math.cos(5 * group) for group in range(20)]
+        cell.details["metrics"] |= {name: value, "left_out": {name: [value * (1 + w) for w in wobble]}}
+        row.seed = 1
+
+    edit(b, "d4-quality", change)
+    found = next(c for c in compare(a, b).quality if c.cell == "d4-quality" and "frechet" in c.column)
+    assert (found.verdict, found.reason.split()[-4:]) == ("not decided", ["images", "would", "decide", "it"])
+    number = int(found.reason.split()[1].replace(",", ""))
+    assert 1000 < number < 100_000
+
+    def paired(cell):
+        name, before = "random_features_frechet_distance", next(c for c in read_cells(a) if c.id == "d4-quality")
+        cell.rows[0].seed = 0
+        left_out = before.details["metrics"]["left_out"][name]
+        cell.details["metrics"]["left_out"] = {name: [1.04 * v for v in left_out]}
+
+    edit(b, "d4-quality", paired)
+    assert next(c for c in compare(a, b).quality if c.cell == "d4-quality" and "frechet" in c.column).verdict == "worse"
+
+
+def test_losses_of_other_objectives_are_not_compared(pair):
+    a, b = pair
+    a = shutil.copytree(a, b.parent / "a")
+    for run, objective in ((a, "epsilon, l1"), (b, "epsilon, l2")):
+        edit(run, "d4-quality", lambda cell, o=objective: cell.details.update(objective=o))
+    found = next(c for c in compare(a, b).quality if c.cell == "d4-quality" and c.column == "held_out_loss")
+    assert (found.verdict, found.reason) == ("not comparable", "the objectives differ")
+
+
 def test_trainings_whose_ranges_overlap_do_not_differ(pair):
     a, b = pair
     a = shutil.copytree(a, b.parent / "a")
@@ -314,7 +352,8 @@ def test_trainings_whose_ranges_overlap_do_not_differ(pair):
             write_cell(run, cell)
         (run / "cells" / "d4-quality.json").unlink()
     verdict = next(c for c in compare(a, b).quality if c.cell.startswith("d4") and c.column == "held_out_loss")
-    assert (verdict.verdict, verdict.values) == ("within the spread", (0.19, 0.2))
+    assert (verdict.verdict, verdict.values) == ("not decided", (0.19, 0.2))
+    assert verdict.reason.endswith("trainings of each would decide it")
 
 
 def test_differing_settings_and_software_are_told(pair):

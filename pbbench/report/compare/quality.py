@@ -1,25 +1,28 @@
 """Quality of two runs, divider by divider: only figures of one name, one extractor and one kind of image set are compared.
 
-A single training says nothing of the noise between trainings, so its change is told without a verdict beyond its direction;
-where dividers were trained several times, ranges that overlap are no difference.
+A change is better or worse where it is more than its 95% interval (``records.uncertainty``: by the draw of samples, paired
+where both runs drew the same, and by the trainings, where there are several); else it is not decided, and how many more
+trainings or images would about decide it is told. Where no interval is known, single figures differ by their direction, and
+ranges that overlap are not decided.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pbbench.records.cells import CellResult
-from pbbench.records.rows import COLUMNS, Row
+from pbbench.records.rows import Row
 from pbbench.records.run import Run
-from pbbench.report.tables.configurations import finite, grouped
-from pbbench.report.tables.scores import DISTANCES
+from pbbench.records.uncertainty import Training, difference
+from pbbench.report.tables.configurations import grouped
+from pbbench.report.tables.scores import DISTANCES, HIGHER_IS_BETTER, trainings
 
 KEY = ("image_size", "dim", "dim_mults", "variant", "patch_divider")
-HIGHER_IS_BETTER = ("precision", "recall")
-FIGURES = (*DISTANCES, *HIGHER_IS_BETTER, "seam_score", "held_out_loss")
+FIGURES = (*DISTANCES, *HIGHER_IS_BETTER, "seam_score", "seam_excess", "held_out_loss")
 FEATURES = (*DISTANCES, *HIGHER_IS_BETTER)
 """Figures that depend on the extractor and on how many images there are."""
 
@@ -35,9 +38,9 @@ class QualityChange:
     values: tuple[float | None, float | None]
     """Medians over the trainings."""
     verdict: str
-    """better, worse, same, within the spread, or not comparable."""
+    """better, worse, same, not decided, or not comparable."""
     reason: str
-    """Why it is not comparable."""
+    """Why it is not comparable, or what would decide it."""
     status: tuple[str, str]
     num_images: tuple[int, ...]
     """How many samples the figure rests on, in either run."""
@@ -78,25 +81,21 @@ def _changes(settings: dict[str, Any], a: Sequence[CellResult], b: Sequence[Cell
     status = (statuses[0], statuses[1])
     counts = tuple(sorted({row.num_images for row in _rows([*a, *b]) if row.num_images is not None}))
     found: list[QualityChange] = []
+    named: list[dict[str, list[Training]]] = [next(iter(trainings(cells).values()), {}) for cells in (a, b)]
     for column in FIGURES:
-        values = [_values(cells, column) for cells in (a, b)]
-        if not values[0] or not values[1]:
+        one, two = (own.get(column, []) for own in named)
+        if not one or not two:
             continue
-        medians = (statistics.median(values[0]), statistics.median(values[1]))
-        reason = _incomparable(column, a, b)
-        verdict = "not comparable" if reason else _verdict(column, *values)
+        medians = (statistics.median(t.value for t in one), statistics.median(t.value for t in two))
+        reason, verdict = _incomparable(column, a, b), "not comparable"
+        if not reason:
+            verdict, reason = _verdict(column, one, two, max(counts, default=0))
         told = QualityChange(a[0].id, settings, column, medians, verdict, reason, status, counts, "" if found else worse)
         found.append(told)
     if not found:
         why = "the runs share no quality figure" if not any(failed) else "a training or its scoring failed"
         return [QualityChange(a[0].id, settings, None, (None, None), "not comparable", why, status, counts, worse)]
     return found
-
-
-def _values(cells: Sequence[CellResult], column: str) -> list[float]:
-    if column in COLUMNS:
-        return finite(getattr(row, column) for row in _rows(cells))
-    return finite((cell.details.get("metrics") or {}).get(column) for cell in cells if cell.status == "ok")
 
 
 def _incomparable(column: str, a: Sequence[CellResult], b: Sequence[CellResult]) -> str:
@@ -108,7 +107,7 @@ def _incomparable(column: str, a: Sequence[CellResult], b: Sequence[CellResult])
     if "patch" in column:
         asked.append(("the patches", "metrics", "patches"))
     if column == "held_out_loss":
-        asked.append(("the numbers of held-out images", "details", "num_held_out"))
+        asked += [("the numbers of held-out images", "details", "num_held_out"), ("the objectives", "details", "objective")]
     if "kernel" in column:
         asked.append(("the subsets' sizes", "metrics", "kid_subset_size"))
     return next((f"{told} differ" for told, *of in asked if _recorded(a, *of) != _recorded(b, *of)), "")
@@ -121,12 +120,30 @@ def _recorded(cells: Sequence[CellResult], place: str, name: str) -> set[Any]:
     return {(c.details if place == "details" else c.details.get("metrics") or {}).get(name) for c in cells}
 
 
-def _verdict(column: str, a: Sequence[float], b: Sequence[float]) -> str:
-    """Lower is better, but for precision and recall; a seam score is the better the nearer it is to 1."""
-    sign = -1.0 if column in HIGHER_IS_BETTER else 1.0
-    one, two = ([abs(v - 1) if column == "seam_score" else sign * v for v in values] for values in (a, b))
-    if statistics.median(one) == statistics.median(two):
-        return "same"
-    if max(len(one), len(two)) > 1 and max(min(one), min(two)) <= min(max(one), max(two)):
-        return "within the spread"
-    return "better" if statistics.median(two) < statistics.median(one) else "worse"
+def _verdict(column: str, a: Sequence[Training], b: Sequence[Training], num_images: int) -> tuple[str, str]:
+    """(the verdict, what would decide it). Lower is better, but for precision and recall; a seam score is the better the nearer
+    it is to 1, an excess the nearer to 0."""
+
+    def cost(value: float) -> float:
+        if column in ("seam_score", "seam_excess"):
+            return abs(value - (column == "seam_score"))
+        return -value if column in HIGHER_IS_BETTER else value
+
+    def costs(given: Sequence[Training]) -> list[Training]:
+        return [replace(t, value=cost(t.value), left_out=t.left_out and [*map(cost, t.left_out)]) for t in given]
+
+    one, two = costs(a), costs(b)
+    values = [[t.value for t in trained] for trained in (one, two)]
+    found = difference(one, two)
+    if statistics.median(values[0]) == statistics.median(values[1]):
+        return "same", ""
+    if found.reach is None and max(map(len, values)) > 1 and max(map(min, values)) <= min(map(max, values)):
+        return "not decided", ""
+    if found.reach is not None and not found.decided:
+        times = (found.reach / abs(found.value)) ** 2 if found.value else math.inf
+        if found.training is not None and math.isfinite(times):
+            return "not decided", f"about {math.ceil(times * max(map(len, values))):,} trainings of each would decide it"
+        if num_images and math.isfinite(times):
+            return "not decided", f"about {float(f'{times * num_images:.1g}'):,.0f} images would decide it"
+        return "not decided", ""
+    return ("better" if found.value < 0 else "worse"), ""
