@@ -60,18 +60,20 @@ def linear_attention(y: list[Tensor], qkv: nn.Conv2d, out: nn.Conv2d) -> Tensor:
 
 
 def _few_pixels_fused(ys: list[Tensor], w_qkv: Tensor, w_out: Tensor, bias: Tensor | None) -> Tensor:
-    """q, k and v are laid channel by channel, so that a head is a matrix: a copy, of a small map."""
+    """q, k and v are laid channel by channel, so that a head is a matrix; each on its own, so that backward keeps no more."""
     y = ys.pop()
     R, C, h, w = y.shape
     width, heads, channels_last = HEADS * HEAD_WIDTH, (R * HEADS, HEAD_WIDTH, h * w), not y.is_contiguous()
     qkv = y.permute(0, 2, 3, 1).reshape(-1, C) @ w_qkv.view(3 * width, C).T  # R·hw 3·128
     del y
-    qkv = qkv.view(R, h * w, 3, width).permute(2, 0, 3, 1).contiguous()
-    q, k, v = qkv.view(3, R, width, h, w).unbind()
-    context = torch.bmm(softmax_pixels(k, overwrite=True).view(heads), v.view(heads).mT)  # R·H D D
-    q = softmax_heads(q, HEAD_WIDTH, overwrite=True, factor=HEAD_WIDTH**-0.5)
+    q, k, v = qkv.view(R, h, w, 3 * width).permute(0, 3, 1, 2).chunk(3, dim=1)  # R 128 h w
+    del qkv
+    k, v = softmax_pixels(k, contiguous=True), v.contiguous()
+    context = torch.bmm(k.view(heads), v.view(heads).mT)  # R·H D D
+    del k, v
+    q = softmax_heads(q, HEAD_WIDTH, factor=HEAD_WIDTH**-0.5, contiguous=True)
     read = torch.bmm(context.mT, q.view(heads)).view(R, width, h * w)
-    del qkv, q, k, v
+    del q
     out = F.linear(read.mT.reshape(-1, width), w_out.view(C, width), bias)  # R·hw C
     out = out.view(R, h, w, C).permute(0, 3, 1, 2)
     return out if channels_last else out.contiguous()
@@ -92,6 +94,7 @@ def _many_pixels_fused(ys: list[Tensor], w_qkv: Tensor, w_out: Tensor, bias: Ten
     del of_all
     reader = torch.bmm(w_out.view(C, HEADS, HEAD_WIDTH).transpose(0, 1), context)  # H C R·D
     reader = reader.view(HEADS, C, R, HEAD_WIDTH).permute(2, 1, 0, 3).reshape(R, C, width)
+    del context
     q = F.conv2d(y, w_q)
     del y
     q = softmax_heads(q, HEAD_WIDTH, overwrite=True, factor=HEAD_WIDTH**-0.5).flatten(2)  # R H·D hw

@@ -78,25 +78,27 @@ def channel_norm(
     return y if residual is None else y.add_(residual)
 
 
-def softmax_pixels(x: Tensor, *, overwrite: bool = False) -> Tensor:
-    """Softmax over the pixels of every channel of x, R K h w. ``overwrite`` as above."""
+def softmax_pixels(x: Tensor, *, overwrite: bool = False, contiguous: bool = False) -> Tensor:
+    """Softmax over the pixels of every channel of x, R K h w. ``overwrite`` as above; ``contiguous``: how a new map lies."""
     if kernels.usable(x):
         if torch.is_grad_enabled() or not overwrite:
-            return _SoftmaxPixels.apply(x)
+            return _SoftmaxPixels.apply(x, contiguous)
         kernels.softmax_pixels_(x)
         return x
-    return _softmax(x.flatten(2), 2, overwrite).view(x.shape)
+    y = _softmax(x.flatten(2), 2, overwrite).view(x.shape)
+    return y.contiguous() if contiguous else y
 
 
-def softmax_heads(x: Tensor, width: int, *, overwrite: bool = False, factor: float = 1.0) -> Tensor:
-    """Softmax over each ``width`` channels of every pixel of x, R K h w, times ``factor``. ``overwrite`` as above."""
+def softmax_heads(x: Tensor, width: int, *, overwrite: bool = False, factor: float = 1.0, contiguous: bool = False) -> Tensor:
+    """Softmax over each ``width`` channels of every pixel of x, R K h w, times ``factor``. The others as above."""
     if kernels.usable(x):
         if torch.is_grad_enabled() or not overwrite:
-            return _SoftmaxHeads.apply(x, width, factor)
+            return _SoftmaxHeads.apply(x, width, factor, contiguous)
         kernels.softmax_heads_(x, width, factor)
         return x
     y = _softmax(x.unflatten(1, (-1, width)), 2, overwrite).view(x.shape)
-    return y if factor == 1 else y * factor
+    y = y if factor == 1 else y * factor
+    return y.contiguous() if contiguous else y
 
 
 def _softmax(x: Tensor, dim: int, overwrite: bool) -> Tensor:
@@ -342,29 +344,29 @@ def _place(whole: Tensor | None, part: Tensor, like: Tensor, at: tuple[slice, sl
 
 class _SoftmaxPixels(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = kernels.softmax_pixels(x)
+    def forward(ctx: Any, x: Tensor, contiguous: bool) -> Tensor:
+        y = kernels.softmax_pixels(x, contiguous)
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return kernels.softmax_pixels_backward(dy, *ctx.saved_tensors)
+        return kernels.softmax_pixels_backward(dy, *ctx.saved_tensors), None
 
 
 class _SoftmaxHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, width: int, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, width: int, factor: float, contiguous: bool) -> Tensor:
         ctx.width, ctx.factor = width, factor
-        y = kernels.softmax_heads(x, width, factor)
+        y = kernels.softmax_heads(x, width, factor, contiguous)
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return kernels.softmax_heads_backward(dy, *ctx.saved_tensors, ctx.width, ctx.factor), None, None
+        return kernels.softmax_heads_backward(dy, *ctx.saved_tensors, ctx.width, ctx.factor), None, None, None
 
 
 class Convolution(nn.Conv2d):

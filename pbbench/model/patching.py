@@ -110,18 +110,20 @@ def global_content(x_t: Tensor, d: int) -> Tensor:
 
 
 def network_input(
-    x_t: Tensor, content: Tensor | None, rows: slice, d: int, *, with_content: bool = True, border: int = 0
+    x_t: Tensor, content: Tensor | None, rows: slice, d: int, *, with_content: bool = True, border: int = 0, nhwc: bool = False
 ) -> Tensor:
     """What the network sees of each row, R 2C h w: the patch and the global content.
 
     content: ``global_content(x_t, d)``; None: made for these rows only. ``with_content`` False: the patch alone, R C h w.
     ``border``: so many pixels of the noisy image on every side of the patch as well (zeros beyond the image's edge), and
-    zeros around the global content: h + 2·border by w + 2·border in all.
+    zeros around the global content: h + 2·border by w + 2·border in all. ``nhwc``: in channels_last.
     """
     N, C, H, W = x_t.shape
     h, w = H // d, W // d
-    make = x_t.new_zeros if border else x_t.new_empty
-    x = make(rows.stop - rows.start, 2 * C if with_content else C, h + 2 * border, w + 2 * border)
+    shape = (rows.stop - rows.start, 2 * C if with_content else C, h + 2 * border, w + 2 * border)
+    lies = torch.channels_last if nhwc else torch.contiguous_format
+    x = torch.empty(shape, dtype=x_t.dtype, device=x_t.device, memory_format=lies)
+    x = x.zero_() if border else x
     if with_content and content is None and len(x) >= N:
         content = global_content(x_t, d)
     if len(x) == N * d * d and not border:  # all of them: one copy, not one for each

@@ -14,7 +14,6 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pbbench.errors import InputError
@@ -24,7 +23,7 @@ from pbbench.model.embedding import Embedding
 from pbbench.model.layers import LinearAttention, ResidualBlock, SelfAttention
 from pbbench.model.lean import recomputing
 from pbbench.model.patching import merge, network_input, patch_position, row_chunks, row_images, row_patches
-from pbbench.model.placement import small_weights_cast
+from pbbench.model.placement import nhwc, small_weights_cast
 
 
 class Level(nn.Module):
@@ -148,14 +147,13 @@ class PatchUNet(nn.Module):
 
     def _denoise(self, x_t: Tensor, content: Tensor | None, rows: slice, embedding: Tensor) -> Tensor:
         """One pass: the patches of ``rows``, with their conditioning, through the network. Returns R C h w."""
-        see = partial(network_input, with_content=self.config.global_content, border=self.border)
-        # The network's input has no name here, so that it is dropped once it is read.
-        with small_weights_cast(self):
+        see = partial(network_input, with_content=self.config.global_content, border=self.border, nhwc=nhwc(self.stem.weight))
+        with small_weights_cast(self):  # the network's input has no name here, so that it is dropped once it is read
             return self._network(see(x_t, content, rows, self.config.patch_divider), embedding).to(x_t.dtype)
 
     def _network(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The U-Net proper: ``network_input`` → R C h w. The skip of the first level is not kept."""
-        embedding = F.silu(embedding)  # R × 4·dim, as every block reads it
+        embedding = nn.functional.silu(embedding)  # R × 4·dim, as every block reads it
         maps = [self.stem(x)]  # a stack: the skips, and on top the current map
         del x
         for level, encode in enumerate(self.encoder):

@@ -225,6 +225,10 @@ def check_softmax(function: Callable[..., Tensor], x: Tensor) -> None:
     total = parts.sum(2, keepdim=True) / 0.4 if function is over_heads else parts.sum((3, 4), keepdim=True)
     assert_rounded(dx, (parts - y.double().unflatten(1, (-1, 6)) * total).flatten(1, 2))
     assert y.stride() == x.stride()
+    laid = function(leaf, contiguous=True)
+    assert laid.is_contiguous()
+    assert torch.equal(laid, y)
+    torch.testing.assert_close(torch.autograd.grad(laid, leaf, pull.contiguous())[0], dx)  # summed in another order
     with torch.no_grad():
         held = x.clone()
         out = function(held, overwrite=True)
@@ -303,9 +307,11 @@ def calls() -> list[tuple[Any, tuple[Any, ...]]]:
         (kernels.channel_norm_, (x.clone(), scale, shift, y, 1e-5)),
         (kernels.channel_norm_backward, (y, x, scale, 1e-5)),
         (kernels.softmax_pixels, (x[:, 2:],)),
+        (kernels.softmax_pixels, (x[:, 2:], True)),
         (kernels.softmax_pixels_, (x.clone(),)),
         (kernels.softmax_pixels_backward, (y, x)),
         (kernels.softmax_heads, (x, 4, 0.5)),
+        (kernels.softmax_heads, (x, 4, 0.5, True)),
         (kernels.softmax_heads_, (x.clone(), 4, 0.5)),
         (kernels.softmax_heads_backward, (y, x, 4, 0.5)),
     ]

@@ -16,12 +16,14 @@ import pytest
 import torch
 from hopper_compiler import Compiled, compiled_for_hopper, resources
 from packaging.version import Version
+from steps_on_fake_tensors import measured, sampling, training
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pbbench.model import kernels, lean
 from pbbench.model.kernels import choice, tiles
+from pbbench.sweep.workload import sampling_workload, training_workload
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -182,6 +184,42 @@ def test_fakes_lie_as_the_maps_do() -> None:
             assert lean.channel_norm(x, weight, weight, overwrite=True) is not x  # gradients are recorded
             with torch.no_grad():
                 assert lean.channel_norm(x, weight, weight, overwrite=True) is x
+
+
+@pytest.mark.parametrize("step", [sampling, training])
+def test_all_patches_in_one_pass_hold_no_more_than_in_aten(step: Any) -> None:
+    """Small maps in many rows, where summaries and copies of the attention weigh the most; float32."""
+    model = {"dim": 128, "dim_mults": [1, 2, 4, 8], "image_size": 128, "patch_divider": 8}
+    with kernels.everywhere():
+        fused = step(model, 1, "all").peak_bytes
+    assert fused <= step(model, 1, "all").peak_bytes
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the maps and weights that convolutions, forward and backward, do not find in channels_last."""
+
+    turned = total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default):
+            for x in args[: 3 if "backward" in func.__name__ else 2]:
+                self.total += 1
+                self.turned += not x.is_contiguous(memory_format=torch.channels_last)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_convolutions_find_maps_and_weights_in_channels_last(precision: str) -> None:
+    """But for one gradient a pass: the upsampling before the last level has that of a slice of (x, skip)."""
+    model = {"dim": 8, "dim_mults": [1, 2, 2], "image_size": 32, "patch_divider": 2}
+    experiment, cell = measured(model, 2, 3, {"mixed_precision": precision})
+    for build, turned in ((sampling_workload, 0), (training_workload, 3)):  # 8 patches, three passes
+        with FakeTensorMode(), kernels.everywhere():
+            step = build(experiment, cell, torch.device("cpu"))
+            with Convolutions() as found:
+                step.run()
+        assert found.total > 100
+        assert found.turned == turned
 
 
 # On CUDA without them

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
 from pbbench.experiment.settings import ModelConfig
+from pbbench.model import kernels
 from pbbench.model.unet import PatchUNet
 from pbbench.training import checkpoint as module
 from pbbench.training.checkpoint import (
@@ -29,6 +30,8 @@ from pbbench.training.checkpoint import (
     step_folder,
     write_checkpoint,
 )
+from pbbench.training.ema import ExponentialMovingAverage
+from pbbench.training.setup import build_network
 
 
 @pytest.fixture
@@ -103,6 +106,35 @@ def test_training_state_comes_back_to_the_bit(
             assert value.dtype == after["state"][number][key].dtype
     assert torch.equal(other.stem.weight, model.stem.weight)
     assert torch.equal(average.stem.weight, networks[1].stem.weight)
+
+
+@pytest.mark.parametrize(("written", "read"), [(True, False), (False, True), (True, True)])
+def test_a_checkpoint_does_not_say_how_weights_lay(tmp_path: Path, experiment: Experiment, written: bool, read: bool) -> None:
+    """In channels_last, as on a GPU, or not: the same files, and what is read lies as it does there."""
+    folders, networks = [], []
+    for fused in (written, False):
+        torch.manual_seed(3)
+        with kernels.everywhere() if fused else kernels.nowhere():
+            model = build_network(experiment)
+            average = ExponentialMovingAverage(model, experiment.training).model
+        adam = torch.optim.Adam(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        adam.step()
+        more: dict[str, Any] = {"optimizer": adam, "state": {}, "step": 1, "images_seen": 1}
+        folder = tmp_path / str(len(folders))
+        folders.append(write_checkpoint(folder, model=model, ema_model=average, experiment=experiment, **more))
+        networks.append(model)
+    for name in ("model", "ema", "optimizer"):
+        assert (folders[0] / f"{name}.safetensors").read_bytes() == (folders[1] / f"{name}.safetensors").read_bytes()
+    with kernels.everywhere() if read else kernels.nowhere():
+        loaded, other = load_model(folders[0], which="model")[0], build_network(experiment)
+    restored = torch.optim.Adam(other.parameters())
+    load_training_state(folders[0], model=other, ema_model=loaded, optimizer=restored)
+    assert loaded.stem.weight.is_contiguous(memory_format=torch.channels_last) is read
+    for mine, theirs in zip(other.parameters(), networks[0].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert restored.state[mine]["exp_avg"].stride() == mine.stride()
 
 
 def test_weights_alone_cannot_be_trained_on(

@@ -14,16 +14,16 @@ from pbbench.model.kernels.tiles import ceil_div, evenly_spaced, launch, lies, p
 
 
 @torch.library.custom_op("pbbench::softmax_pixels", mutates_args=())
-def softmax_pixels(x: Tensor) -> Tensor:
-    """Softmax over h·w of every channel of x, R K h w. Returns y like x."""
-    y = result(x)
+def softmax_pixels(x: Tensor, contiguous: bool = False) -> Tensor:
+    """Softmax over h·w of every channel of x, R K h w. Returns y like x, or contiguous."""
+    y = _result(x, contiguous)
     _over_pixels(x, y)
     return y
 
 
 @softmax_pixels.register_fake
-def _(x: Tensor) -> Tensor:
-    return result(x)
+def _(x: Tensor, contiguous: bool = False) -> Tensor:
+    return _result(x, contiguous)
 
 
 @torch.library.custom_op("pbbench::softmax_pixels_", mutates_args={"x"})
@@ -66,16 +66,17 @@ def _(dy: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("pbbench::softmax_heads", mutates_args=())
-def softmax_heads(x: Tensor, width: int, factor: float) -> Tensor:
-    """Softmax over each ``width`` channels of a pixel, times ``factor``. x: R K h w, K divisible by width. Returns y like x."""
-    y = result(x)
+def softmax_heads(x: Tensor, width: int, factor: float, contiguous: bool = False) -> Tensor:
+    """Softmax over each ``width`` channels of a pixel, times ``factor``. x: R K h w, K divisible by width. Returns y like x, or
+    contiguous."""
+    y = _result(x, contiguous)
     _over_heads(x, y, width, factor)
     return y
 
 
 @softmax_heads.register_fake
-def _(x: Tensor, width: int, factor: float) -> Tensor:
-    return result(x)
+def _(x: Tensor, width: int, factor: float, contiguous: bool = False) -> Tensor:
+    return _result(x, contiguous)
 
 
 @torch.library.custom_op("pbbench::softmax_heads_", mutates_args={"x"})
@@ -106,6 +107,10 @@ def softmax_heads_backward(dy: Tensor, y: Tensor, width: int, factor: float) -> 
 @softmax_heads_backward.register_fake
 def _(dy: Tensor, y: Tensor, width: int, factor: float) -> Tensor:
     return result(y)
+
+
+def _result(x: Tensor, contiguous: bool) -> Tensor:
+    return x.new_empty(x.shape) if contiguous else result(x)
 
 
 def _over_pixels(x: Tensor, y: Tensor) -> None:
