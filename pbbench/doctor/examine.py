@@ -42,7 +42,7 @@ def examine(device: str = "auto", results: Path = Path("results")) -> list[Check
         seen = _capabilities(environment["device"])
         checks += [*gpu_checks(environment, seen, device), *meter_checks(environment, seen), *setting_checks(environment)]
         if environment["device"] == "cuda" and not seen.get("gpu_error"):
-            checks.append(network_check(_said("pbbench.doctor.network", "cuda")))
+            checks += network_checks(_said("pbbench.doctor.network", "cuda"))
         checks.append(inception_check())
     return [*checks, *package_checks(), memory_check(), disk_check(results), load_check()]
 
@@ -66,16 +66,27 @@ def _said(module: str, device: str) -> dict[str, Any] | str:
     return json.loads(done.stdout)
 
 
-def network_check(found: dict[str, str | None] | str) -> Check:
+def network_checks(found: dict[str, Any] | str) -> list[Check]:
     """``found``: what ``doctor.network`` said."""
-    failed = {"every precision": found} if isinstance(found, str) else {name: why for name, why in found.items() if why}
-    if not failed:
-        return Check("network", "ok", "a pass forward and backward ran on the GPU, maps of one pixel and of one row included")
-    words = {"no": "float32"}
-    told = "; ".join(f"{words.get(name, name)}: {why}" for name, why in failed.items())
-    state: Literal["limited", "missing"] = "missing" if isinstance(found, str) or found.get("no") else "limited"
-    remedy = "update torch and the driver; report it with this line if they are new"
-    return Check("network", state, told, remedy, needed=state == "missing")
+    ended = isinstance(found, str)
+    failed = (
+        {"every precision": found} if isinstance(found, str) else {name: why for name, why in found["failed"].items() if why}
+    )
+    if failed:
+        words = {"no": "float32"}
+        told = "; ".join(f"{words.get(name, name)}: {why}" for name, why in failed.items())
+        state: Literal["limited", "missing"] = "missing" if ended or "no" in failed else "limited"
+        remedy = "update torch and the driver; report it with this line if they are new"
+        checks = [Check("network", state, told, remedy, needed=state == "missing")]
+    else:
+        told = "a pass forward and backward on the GPU, maps of one pixel and of one row included, gives what the CPU does"
+        checks = [Check("network", "ok", told)]
+    if isinstance(found, str):
+        return checks
+    if found["not_fused"] is None:
+        return [*checks, Check("fused operators", "ok", "they run here")]
+    remedy = "install triton and a C compiler; GPUs before Ampere have none"
+    return [*checks, Check("fused operators", "limited", found["not_fused"], remedy)]
 
 
 def gpu_checks(environment: dict[str, Any], seen: dict[str, Any], asked: str) -> list[Check]:

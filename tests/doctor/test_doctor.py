@@ -13,10 +13,12 @@ from pbbench.cli.options import run_app
 from pbbench.doctor import examine as doctor
 from pbbench.doctor import machine as checks
 from pbbench.doctor import network
-from pbbench.doctor.examine import network_check
+from pbbench.doctor.examine import network_checks
 from pbbench.errors import InputError
 from pbbench.experiment.sizes import format_bytes
 from pbbench.memory.meters.capabilities import driver_capabilities, gpu_capabilities, host_capabilities
+from pbbench.model import kernels
+from pbbench.model.lean import _NormSiLU
 from pbbench.records.environment import collect
 
 MiB, GiB = 2**20, 2**30
@@ -298,22 +300,52 @@ def test_a_real_gpu_is_examined_without_this_process_touching_it():
     found = {check.name: check for check in doctor.examine("cuda")}
     assert torch.cuda.is_initialized() == before
     assert found["GPU"].state == "ok"
-    assert found["CUDA allocator"].state == "ok"
+    assert {found[name].state for name in ("CUDA allocator", "network", "fused operators")} == {"ok"}
     assert all(found[name].meaning for name in ("NVML process memory", "NVML device memory", "energy counter", "MIG"))
+
+
+def told(failed, not_fused=None):
+    return {check.name: check for check in network_checks({"failed": failed, "not_fused": not_fused})}
 
 
 def test_the_network_is_tried_on_a_gpu_in_every_precision(monkeypatch):
     """The pass itself runs here on the CPU, through it all; what a GPU refuses is told by precision."""
-    assert network.failures(torch.device("cpu")) == {"no": None, "bf16": None, "fp16": None}
+    nothing = {"no": None, "bf16": None, "fp16": None}
+    assert network.failures(torch.device("cpu")) == nothing
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("query is not correctly aligned (strideM)\nand more")
 
-    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", refuse)
-    found = network.failures(torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.functional.scaled_dot_product_attention", refuse)
+        found = network.failures(torch.device("cpu"))
     assert all("strideM" in why for why in found.values())
-    assert (network_check(found).state, network_check(found).needed) == ("missing", True)
-    only = network_check({"no": None, "bf16": None, "fp16": "no kernel image"})
+    assert (told(found)["network"].state, told(found)["network"].needed) == ("missing", True)
+    only = told(nothing | {"fp16": "no kernel image"})["network"]
     assert (only.state, only.needed, only.meaning) == ("limited", False, "fp16: no kernel image")
-    assert network_check(dict.fromkeys(("no", "bf16", "fp16"))).state == "ok"
-    assert "illegal memory access" in network_check("RuntimeError: illegal memory access").meaning
+    assert {check.state for check in told(nothing).values()} == {"ok"}
+    (ended,) = network_checks("RuntimeError: illegal memory access")
+    assert (ended.state, "illegal memory access" in ended.meaning) == ("missing", True)
+
+
+@pytest.mark.parametrize(("part", "where"), [("output", "forward"), ("gradient", "backward")])
+def test_a_gpu_that_computes_something_else_is_told(monkeypatch, part, where):
+    """A norm that is wrong in 16 bits, in one direction."""
+    method = getattr(_NormSiLU, where)
+
+    def wrong(context, x, *args):
+        out = method(context, x, *args)
+        if x.dtype != torch.bfloat16:
+            return out
+        return out * 1.5 if where == "forward" else (out[0] * 1.5, *out[1:])
+
+    monkeypatch.setattr(_NormSiLU, where, staticmethod(wrong))
+    found = network.failures(torch.device("cpu"))
+    assert found == {"no": None, "bf16": f"the {part} at 8×8 is not what the CPU computes", "fp16": None}
+
+
+def test_why_nothing_is_fused_is_told():
+    check = told({"no": None}, network.not_fused(torch.device("cpu")))["fused operators"]
+    assert (check.state, "older than Ampere" in check.meaning) == ("limited", True)
+    with kernels.everywhere():
+        assert network.not_fused(torch.device("cpu")) is None
