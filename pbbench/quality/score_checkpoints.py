@@ -79,6 +79,7 @@ def _score(
         "num_inference_steps": sampling.num_inference_steps,
         "num_images": experiment.quality.num_images,
         "seed": sampling.seed,
+        **dict.fromkeys(("seam_score", "seam_excess")),  # null at d = 1
         **card.columns,
         "held_out_standard_error": card.details["held_out"].get("standard_error"),
         "intervals": {name: metrics[f"{name}_interval"] for name in card.columns if metrics.get(f"{name}_interval")},
