@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from degrade import blurred, noisy, shuffled
+from degrade import blurred, mosaic, noisy, shuffled
 
 from pbbench.data.images import open_images
 from pbbench.errors import InputError
@@ -35,7 +35,7 @@ def test_fixed_in_every_process() -> None:
     one = features(images)
     torch.manual_seed(2)
     assert torch.equal(one, features(images))
-    pinned = torch.tensor([-0.8, -1.3251084, 0.7064694, 0.5828848])  # a change here needs another name than v1
+    pinned = torch.tensor([-0.8, -1.3251084, 0.7064694, 0.5828848])  # a change here needs another name than v2
     torch.testing.assert_close(one[0, [0, 48, 100, 303]], pinned, rtol=1e-4, atol=1e-4)
 
 
@@ -69,6 +69,18 @@ def test_sees_colour_layout_and_lost_variety(halves: tuple[torch.Tensor, torch.T
     assert distance(redder, reference) > 1.05 * floor
     assert distance(half.flip(2), reference) > 1.2 * floor  # upside down
     assert distance(half[:20].repeat(10, 1, 1, 1), reference) > 1.5 * floor  # twenty images, ten times each
+
+
+def test_patches_that_do_not_fit_are_seen_as_such(halves: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Each patch real and where it belongs, but of another image than its neighbours; and whole images in offset patches."""
+    half, reference = halves
+    floor = distance(half, reference)
+    mosaics = [distance(mosaic(half, d), reference) for d in (2, 4, 8)]
+    assert mosaics == sorted(mosaics)
+    assert mosaics[0] > 1.8 * floor
+    levels = torch.randint(-20, 21, (len(half), 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    offset = (half + levels.repeat_interleave(8, 2).repeat_interleave(8, 3)).clamp(0, 255).to(torch.uint8)
+    assert distance(offset, reference) > 1.05 * floor
 
 
 def test_too_small_images_are_refused() -> None:

@@ -220,7 +220,7 @@ def test_few_images_are_said(scenes: torch.Tensor) -> None:
     found = score(list(scenes[:50]), list(scenes[50:]), extractor="random", kid_subset_size=1000)
     assert (found["num_images"], found["num_reference_images"], found["seed"]) == (50, 70, 0)
     assert found["kid_subset_size"] == 50
-    assert any("50 images for 304 features" in note for note in found["notes"])
+    assert any("50 images for 366 features" in note for note in found["notes"])
     assert any("subsets of the kernel distance hold 50" in note for note in found["notes"])
     few = score(list(scenes[:3]), list(scenes[50:]), extractor="random", metrics=["prc"])
     assert (few["random_features_precision"], few["random_features_recall"]) == (None, None)

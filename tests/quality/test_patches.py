@@ -60,7 +60,7 @@ def test_names() -> None:
     assert metric_names("published", 2049, 2048, "patches")[0].frechet == "patch_frechet_inception_distance"
     assert metric_names("published", 2048, 2048, "patches")[0].frechet == "few_images_inception_patch_frechet_distance"
     assert metric_names("unverified", 9999, 2048, "patches")[0].frechet == "unverified_inception_patch_frechet_distance"
-    assert metric_names("random", 9999, 304, "patches")[0].frechet == NAME
+    assert metric_names("random", 9999, 366, "patches")[0].frechet == NAME
 
 
 def test_orders_what_a_worse_generator_does(halves: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -28,3 +28,14 @@ def noisy(images: torch.Tensor, sigma: float) -> torch.Tensor:
     """Normal noise of ``sigma`` grey levels."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return (images + sigma * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+def mosaic(images: torch.Tensor, divider: int) -> torch.Tensor:
+    """Each patch where it was, of an image drawn for it alone."""
+    generator, made = torch.Generator().manual_seed(0), images.clone()
+    h, w = images.shape[2] // divider, images.shape[3] // divider
+    for row in range(divider):
+        for column in range(divider):
+            at = (..., slice(row * h, (row + 1) * h), slice(column * w, (column + 1) * w))
+            made[at] = images[at][torch.randperm(len(images), generator=generator)]
+    return made
