@@ -40,6 +40,10 @@ def place_name(variant: str, patch_divider: int) -> str:
     return f"{variant}/{patch_divider}"
 
 
+SHIPPED = "shipped"
+"""Among ``sweep.checkpoints``: the trained divider that comes with pbbench."""
+
+
 class SweepConfig(Section):
     """Axes of the grid and how each cell is measured."""
 
@@ -82,7 +86,8 @@ class SweepConfig(Section):
     """Name → settings laid over the experiment (sections model, diffusion, training, sampling), for ablations and rivals: each
     is measured, trained and scored beside the experiment itself, at the sweep's dividers or at its own ``dividers``."""
     checkpoints: dict[str, str] = Field(default_factory=dict)
-    """Divider (as text) → checkpoint folder to load instead of training."""
+    """Divider (as text) → checkpoint folder to load instead of training; or "shipped": the trained divider that comes with
+    pbbench, where network, objective, data and training are those of the preset; trained otherwise."""
     memory_snapshots: bool = False
     """On CUDA also write torch's own memory snapshot of each step for its viewer, into snapshots/; a pickle."""
     cell_timeout_seconds: Annotated[float, Field(gt=0)] | None = None
@@ -106,9 +111,10 @@ class SweepConfig(Section):
             raise ValueError(f'with equal = "memory" each divider is measured as it is trained: give no {given}; {own}')
         if self.fitted and self.equal != "memory":
             raise ValueError('fitted belongs to equal = "memory"; leave it out')
-        if self.quality_from is not None and (self.variants or self.checkpoints or self.equal != "images"):
+        folders = [given for given in self.checkpoints.values() if given != SHIPPED]
+        if self.quality_from is not None and (self.variants or folders or self.equal != "images"):
             raise ValueError("with quality_from trainings are of another experiment: give no variants, checkpoints or equal")
-        if self.checkpoints and (self.seeds or self.equal != "images"):
+        if folders and (self.seeds or self.equal != "images"):
             raise ValueError('checkpoints are trained already: give no seeds, and no equal but "images", with them')
         return self
 

@@ -18,8 +18,9 @@ from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
 from pbbench.experiment.presets import load_experiment, preset_names
 from pbbench.experiment.settings import PatchBatchSize, Precision, TrainingConfig, resolve_patch_batch_size
-from pbbench.experiment.sweep_settings import Fitted, SweepConfig, place_name
+from pbbench.experiment.sweep_settings import SHIPPED, Fitted, SweepConfig, place_name
 from pbbench.experiment.variants import slug
+from pbbench.sweep.shipped import checkpoint_of
 
 UNLIMITED = 10**9
 """Optimizer steps of a training that ends by the clock."""
@@ -96,7 +97,11 @@ def check_subjects(experiment: Experiment) -> dict[tuple[str, int], Experiment]:
     InputError where a divider does not fit the image, trainings would not compare, or what they need is not there."""
     sweep = experiment.sweep
     resolved = {(variant, divider): experiment.at(divider, variant) for variant, divider in _subjects(sweep)}
-    strangers = [d for d in sweep.checkpoints if d not in {str(divider) for divider in sweep.dividers}]
+    strangers = [
+        d
+        for d, given in sweep.checkpoints.items()
+        if given != SHIPPED and d not in {str(divider) for divider in sweep.dividers}
+    ]
     if strangers:
         raise InputError(f"sweep.checkpoints names divider {', '.join(strangers)}, which is not among the sweep's dividers")
     if sweep.quality:
@@ -134,8 +139,8 @@ def plan(experiment: Experiment) -> list[Cell]:
 
 def trainings(experiment: Experiment, cells: list[Cell]) -> list[Experiment]:
     """The experiments among the cells that train; a divider whose checkpoint is given does not."""
-    given = experiment.sweep.checkpoints
-    chosen = [c for c in cells if c.kind == "quality" and (c.variant or str(c.patch_divider) not in given)]
+    quality = [c for c in cells if c.kind == "quality"]
+    chosen = [c for c in quality if checkpoint_of(experiment, c.patch_divider, c.variant) is None]
     return [resolve(experiment, cell) for cell in chosen]
 
 
@@ -201,7 +206,9 @@ def _check_sources(experiment: Experiment) -> None:
         else:
             _check_readable(source, experiment.model.size)
     for divider, folder in experiment.sweep.checkpoints.items():
-        if not ((Path(folder) / "config.json").is_file() or any(Path(folder).glob("checkpoints/step-*/config.json"))):
+        if folder != SHIPPED and not (
+            (Path(folder) / "config.json").is_file() or any(Path(folder).glob("checkpoints/step-*/config.json"))
+        ):
             raise InputError(f"sweep.checkpoints.{divider}: {folder} is not a folder that pbbench train or convert wrote")
     weights = experiment.quality.inception_weights
     if weights is not None and not Path(weights).is_file():

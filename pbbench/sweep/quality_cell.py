@@ -13,6 +13,7 @@ from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
 from pbbench.sweep.cell_rows import Emit, NanLossError, base_row
 from pbbench.sweep.grid import Cell
+from pbbench.sweep.shipped import FOLDER, checkpoint_of
 
 GRID_IMAGES = 36
 
@@ -89,10 +90,10 @@ def _checkpoint(experiment: Experiment, cell: Cell, device: str, run: Path, emit
     from pbbench.training.checkpoint import read_config
     from pbbench.training.train import train
 
-    given = None if cell.variant else experiment.sweep.checkpoints.get(str(cell.patch_divider))
+    given = checkpoint_of(experiment, cell.patch_divider, cell.variant)
     if given is not None:
-        config = read_config(Path(given))
-        return Path(given), {"images_seen": config["images_seen"], "trained_steps": config["step"], "checkpoint": "given"}
+        config, kind = read_config(given), "shipped" if given.parent == FOLDER else "given"
+        return given, {"images_seen": config["images_seen"], "trained_steps": config["step"], "checkpoint": kind}
     plain = not cell.variant and cell.seed is None
     out = run / "checkpoints" / (f"d{cell.patch_divider}" if plain else cell.id)
     here = experiment.model_copy(update={"device": device})

@@ -249,7 +249,7 @@ def _read_tensors(path: Path, targets: Mapping[str, Tensor], config: Mapping[str
             raise InputError(f"{path} {what} {len(some)} of the network's tensors ({min(some)}); it is of another network")
         for name, target in targets.items():
             found = file.get_slice(name)
-            if found.get_shape() != list(target.shape) or found.get_dtype() != "F32":
+            if found.get_shape() != list(target.shape) or found.get_dtype() not in ("F32", "F16"):
                 text = f"{found.get_dtype()} {found.get_shape()}, expected F32 {list(target.shape)}"
                 raise InputError(f"{path}: the tensor {name} is {text}; it is of another network")
         if path.name in config["sha256"]:

@@ -17,6 +17,7 @@ from pbbench.experiment.experiment import Experiment
 from pbbench.experiment.settings import resolve_patch_batch_size
 from pbbench.sweep.grid import UNLIMITED, Cell, resolve
 from pbbench.sweep.planning.search import Machine, one_pass, relative_cost
+from pbbench.sweep.shipped import checkpoint_of
 
 MACHINES = {
     "cuda": Machine(flops_per_second=50e12, bytes_per_second=3e12, seconds_per_kernel=50e-6),
@@ -62,7 +63,7 @@ class Durations:
         training, sampling, quality = experiment.training, experiment.sampling, experiment.quality
         d, count = cell.patch_divider, quality.num_images
         given = (cell.batch_size, cell.patch_batch_size, training.mixed_precision)
-        if str(d) in experiment.sweep.checkpoints and not cell.variant:
+        if checkpoint_of(experiment, d, cell.variant) is not None:
             train = 0.0
         elif training.num_steps >= UNLIMITED:
             train = training.max_seconds or 0.0
