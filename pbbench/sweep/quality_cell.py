@@ -11,6 +11,7 @@ from typing import Any
 
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
+from pbbench.experiment.sweep_settings import SHIPPED
 from pbbench.sweep.cell_rows import Emit, NanLossError, base_row
 from pbbench.sweep.grid import Cell
 from pbbench.sweep.shipped import FOLDER, checkpoint_of
@@ -94,6 +95,9 @@ def _checkpoint(experiment: Experiment, cell: Cell, device: str, run: Path, emit
     if given is not None:
         config, kind = read_config(given), "shipped" if given.parent == FOLDER else "given"
         return given, {"images_seen": config["images_seen"], "trained_steps": config["step"], "checkpoint": kind}
+    if SHIPPED in experiment.sweep.checkpoints.values() and not cell.variant:
+        why = "none that comes with pbbench is of these settings"
+        emit("note", text=f"trained here, for a budget that may be too short to rank dividers: {why}")
     plain = not cell.variant and cell.seed is None
     out = run / "checkpoints" / (f"d{cell.patch_divider}" if plain else cell.id)
     here = experiment.model_copy(update={"device": device})

@@ -59,8 +59,8 @@ READING = (
 
 NOT_FID = {
     "random_features_frechet_distance": (
-        "a fixed-seed random convolutional network stands in for Inception, whose weights were not at hand. It does not see "
-        "seams and compares with no published figure"
+        "a fixed-seed random convolutional network stands in for Inception, whose weights were not at hand. It sees "
+        "seams, not what images show, and compares with no published figure"
     ),
     "few_images_inception_frechet_distance": (
         "it is taken with Inception's features, but from too few images for them, which raises it"

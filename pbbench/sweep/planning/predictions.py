@@ -12,7 +12,7 @@ from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment
 from pbbench.experiment.settings import Precision
 from pbbench.experiment.sizes import format_bytes
-from pbbench.sweep.grid import Cell, images_a_step, quality_experiment
+from pbbench.sweep.grid import Cell, images_a_step, quality_experiment, trainings
 from pbbench.sweep.planning.calibration import UNCALIBRATED, Calibration
 from pbbench.sweep.planning.duration import WORDS, Durations, clock
 from pbbench.sweep.planning.fit import beyond_memory, in_words
@@ -58,10 +58,12 @@ def forecast_table(experiment: Experiment, cells: Sequence[Cell], calibration: C
             table.caption += f" {f'{variant}, ' * bool(variant)}d={divider}: {in_words(fit, given)}."
     if any(cell.kind == "quality" for cell in cells):
         trained = quality_experiment(experiment)
+        loaded = not trainings(experiment, list(cells))
         budget = f"{trained.training.num_steps:,} steps of {images_a_step(trained.training)} images"
         if experiment.sweep.equal_seconds is not None:
             budget = f"for {experiment.sweep.equal_seconds:g} seconds"
-        table.caption += f" A quality cell trains {budget} and scores {trained.quality.num_images:,} samples."
+        doing = "loads a trained network" if loaded else f"trains {budget}"
+        table.caption += f" A quality cell {doing} and scores {trained.quality.num_images:,} samples."
         if trained is not experiment:
             size = "×".join(map(str, trained.model.size))
             network = f"dim {trained.model.dim}, {size} pixels ({experiment.sweep.quality_from})"
