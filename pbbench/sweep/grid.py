@@ -51,7 +51,7 @@ class Cell:
         """For a person watching: "d=4: 8 patches a pass, batch 8"."""
         place = f"{self.variant}, " * bool(self.variant) + f"d={self.patch_divider}"
         if self.kind == "quality":
-            return f"{place}: train, sample, score" + ("" if self.seed is None else f", seed {self.seed}")
+            return f"{place}: train or load, sample, score" + ("" if self.seed is None else f", seed {self.seed}")
         precision = "" if self.mixed_precision == "no" else f", {self.mixed_precision}"
         again = f", repeat {self.repeat}" if self.repeat else ""
         patches = "patch" if self.patch_batch_size == 1 else "patches"

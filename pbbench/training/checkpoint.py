@@ -238,10 +238,11 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _read_tensors(path: Path, targets: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Copy a file's tensors into ``targets``; names, shapes and the file's checksum in ``config`` must agree, and are checked
-    before anything is copied."""
+    """Copy a file's tensors into ``targets``; names, shapes, dtype and the file's checksum in ``config`` must agree, and are
+    checked before anything is copied. float32, but where ``config`` names another ``dtype``: those that come with pbbench."""
     from safetensors import safe_open
 
+    dtype = config.get("dtype", "F32")
     with _readable(path), safe_open(path, framework="pt") as file:
         names = set(file.keys())
         if names != set(targets):
@@ -249,8 +250,8 @@ def _read_tensors(path: Path, targets: Mapping[str, Tensor], config: Mapping[str
             raise InputError(f"{path} {what} {len(some)} of the network's tensors ({min(some)}); it is of another network")
         for name, target in targets.items():
             found = file.get_slice(name)
-            if found.get_shape() != list(target.shape) or found.get_dtype() not in ("F32", "F16"):
-                text = f"{found.get_dtype()} {found.get_shape()}, expected F32 {list(target.shape)}"
+            if found.get_shape() != list(target.shape) or found.get_dtype() != dtype:
+                text = f"{found.get_dtype()} {found.get_shape()}, expected {dtype} {list(target.shape)}"
                 raise InputError(f"{path}: the tensor {name} is {text}; it is of another network")
         if path.name in config["sha256"]:
             _compare(path, config["sha256"][path.name])

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from pbbench.cli import app
+from pbbench.cli.options import run_app
 from pbbench.errors import InputError
 from pbbench.experiment.experiment import Experiment, parse_experiment
 from pbbench.experiment.presets import load_experiment
@@ -92,10 +94,15 @@ def test_a_sweeps_time_is_the_sum_of_its_cells() -> None:
 
 
 @pytest.mark.slow
-def test_the_default_sweep_on_a_gpu_takes_a_quarter_of_an_hour() -> None:
-    """That is what ``pbbench sweep --preset gpu --dividers 1 2 4 8 --dry-run`` says."""
-    experiment = load_experiment(preset="gpu", overrides=[{"sweep": {"dividers": [1, 2, 4, 8]}}])
-    assert 5 < Durations(experiment).in_all(plan(experiment)) / 60 < 15
+def test_the_default_sweep_on_a_gpu_takes_a_quarter_of_an_hour(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run_app(app, ["sweep", "--preset", "gpu", "--dividers", "1", "2", "4", "8", "--dry-run"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    minutes, seconds = told.split("About ")[1].split(" in all")[0].split(":")
+    assert 5 < int(minutes) + int(seconds) / 60 < 15
+    assert "another network: dim 16, 32×32 pixels (scenes-gpu)" in told
 
 
 # Quality from another experiment
