@@ -192,7 +192,13 @@ def test_a_loss_that_is_no_number_is_a_row(tmp_path):
 def test_ctrl_c_ends_with_130_and_can_be_resumed(tiny_file, tmp_path):
     out = tmp_path / "out"
     words = ["sweep", "--experiment", tiny_file, "--memory-only", "--dividers", "1", "--out", out]
-    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it, and so would it
+    )
     while not out.exists() or not (out / "logs").exists():
         time.sleep(0.05)
         assert process.poll() is None
